@@ -1,0 +1,72 @@
+"""jaxwalk: transformers as movement through embedding space, pure functions in JAX and Flax.
+
+A `model` is a pytree, `tokens` is an integer array [T], and everything here is a pure function of
+the two, written for one path and batched with `jax.vmap`. Names resolve on first use, so importing
+the package, or asking a command line for its help, does not import jax.
+"""
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from jaxwalk._versions import refuse_faulty_jax
+
+refuse_faulty_jax()
+
+__version__ = "0.1.0"
+
+# The one list of public names: name -> the room that owns it.
+_ROOMS = {
+    "jaxwalk.config": ("ModelConfig", "MLPConfig", "TrainConfig", "WorldData", "TextData"),
+    "jaxwalk.transformer": ("Transformer", "Layer", "Walk", "init", "astype"),
+    "jaxwalk.transformer.": ("encoding_walk", "context_vector", "init_state", "prefill", "step"),
+    "jaxwalk.paths": (
+        "Paths",
+        "Estimate",
+        "next_log_probs",
+        "path_log_prob",
+        "sample_paths",
+        "top_paths",
+        "path_entropy",
+        "event_probability",
+        "visits",
+    ),
+    "jaxwalk.sensitivity": (
+        "path_gradient",
+        "station_gradient",
+        "context_sensitivity",
+        "context_jvp",
+        "context_vjp",
+    ),
+    "jaxwalk.checkpoint": ("load",),
+    "jaxwalk.analyses": ("Finding",),
+}
+_SUBMODULES = (
+    "aggregates",
+    "analyses",
+    "checkpoint",
+    "config",
+    "filters",
+    "paths",
+    "report",
+    "sensitivity",
+    "text",
+    "training",
+    "transformer",
+    "worlds",
+)
+_OWNER = {name: room.rstrip(".") for room, names in _ROOMS.items() for name in names}
+
+__all__ = [*_OWNER, *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OWNER:
+        return getattr(importlib.import_module(_OWNER[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"jaxwalk.{name}")
+    raise AttributeError(f"module 'jaxwalk' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
