@@ -7,7 +7,7 @@ the package, or asking a command line for its help, does not import jax.
 
 import importlib
 import importlib.metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxwalk._versions import refuse_faulty_jax
 
@@ -18,8 +18,18 @@ __version__ = "0.1.0"
 # The one list of public names: name -> the room that owns it.
 _ROOMS = {
     "jaxwalk.config": ("ModelConfig", "MLPConfig", "TrainConfig", "WorldData", "TextData"),
-    "jaxwalk.transformer": ("Transformer", "Layer", "Walk", "init", "astype"),
-    "jaxwalk.transformer.": ("encoding_walk", "context_vector", "init_state", "prefill", "step"),
+    "jaxwalk.transformer": (
+        "Transformer",
+        "Layer",
+        "Walk",
+        "init",
+        "astype",
+        "encoding_walk",
+        "context_vector",
+        "init_state",
+        "prefill",
+        "step",
+    ),
     "jaxwalk.paths": (
         "Paths",
         "Estimate",
@@ -55,7 +65,7 @@ _SUBMODULES = (
     "transformer",
     "worlds",
 )
-_OWNER = {name: room.rstrip(".") for room, names in _ROOMS.items() for name in names}
+_OWNER = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [*_OWNER, *_SUBMODULES]
 

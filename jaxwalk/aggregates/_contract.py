@@ -1,0 +1,96 @@
+"""The contract of an aggregate, and the conventions of document segments that all of them share."""
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+State = Any
+"""What an aggregate carries from step to step: a pytree of arrays of fixed shape."""
+
+
+class Aggregate(nnx.Module, abc.ABC):
+    """A causal combination across positions: y_i = sum over j <= i of A_ij v_j, then a readout.
+
+    The values v are made by a filter, the mixing matrix A by an association of positions. G is the number of
+    heads or channels that have an A of their own. Laws, which the tests hold every aggregate to:
+    `readout(mixing(x) @ values(x), x)` equals `__call__(x)` equals the steps one by one; a position depends on
+    none after it; nothing crosses a border of segments; a prefix gives the prefix of the output.
+
+    An implementation gives `values`, `mixing`, `readout`, `init_state`, `prefill` and `step`, and `__call__`
+    where it has a faster parallel form.
+    """
+
+    @abc.abstractmethod
+    def values(self, x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "G T K"]:
+        """What is combined. With `hold`, its data-dependent coefficients are constants."""
+
+    @abc.abstractmethod
+    def mixing(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    ) -> Float[Array, "G R T"]:
+        """A, or the stated rows of it."""
+
+    @abc.abstractmethod
+    def readout(self, y: Float[Array, "G T K"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
+        """From the combined values to the width of the model."""
+
+    def __call__(self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None) -> Float[Array, "T D"]:
+        """The fast parallel form."""
+        return self.apply_mixing(x, self.mixing(x, segments=segments))
+
+    def apply_mixing(self, x: Float[Array, "T D"], mixing: Float[Array, "G T T"], *, hold: bool = False) -> Array:
+        """The output if A were `mixing`: readout(mixing @ values(x), x), [T, D]."""
+        values = self.values(x, hold=hold)
+        return self.readout(mixing.astype(values.dtype) @ values, x, hold=hold)
+
+    @abc.abstractmethod
+    def init_state(self, length: int) -> State:
+        """The state before the first of at most `length` positions."""
+
+    @abc.abstractmethod
+    def prefill(self, x: Float[Array, "P D"], length: int) -> tuple[Float[Array, "P D"], State]:
+        """The parallel form over a prefix, and the state after it, for at most `length` positions in all."""
+
+    @abc.abstractmethod
+    def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
+        """The next position. Beyond the state's length the output is NaN."""
+
+    def plain(self) -> "Aggregate":
+        """The same function without fused kernels, which have no forward-mode derivative."""
+        return self
+
+
+def runs_and_positions(
+    segments: Int[Array, " T"] | None, length: int
+) -> tuple[Int[Array, " T"], Int[Array, " T"]]:
+    """For each position, which run of equal segment ids it is in, and its position in that run, from 0.
+
+    A run is what must not leak: an id that comes back after another one is a new document.
+    """
+    index = jnp.arange(length)
+    if segments is None:
+        return jnp.zeros(length, index.dtype), index
+    border = jnp.concatenate([jnp.ones(1, bool), segments[1:] != segments[:-1]])
+    start = jax.lax.cummax(jnp.where(border, index, 0))
+    return jnp.cumsum(border) - 1, index - start
+
+
+def causal_mask(
+    rows: Int[Array, " R"], columns: Int[Array, " C"], runs: Int[Array, " T"] | None = None, window: int | None = None
+) -> Bool[Array, "R C"]:
+    """Where a row may look: at columns not after it, in its own run, fewer than `window` positions back."""
+    allowed = columns[None, :] <= rows[:, None]
+    if window is not None:
+        allowed &= rows[:, None] - columns[None, :] < window
+    if runs is not None:
+        allowed &= runs[rows][:, None] == runs[columns][None, :]
+    return allowed
+
+
+def put(cache: Float[Array, "G N K"], slot: Int[Array, ""], value: Float[Array, "G K"]) -> Float[Array, "G N K"]:
+    """`cache` with `value` written at `slot`; unchanged where there is no such slot."""
+    return cache.at[:, slot].set(value, mode="drop", wrap_negative_indices=False)

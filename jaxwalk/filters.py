@@ -1,0 +1,233 @@
+"""Filters: maps of one vector, [D] -> [E]. A filter is handed a single position, so it cannot mix positions.
+
+Letters, here and in every signature of the library: B batch, T positions, D width, V vocabulary, L layers,
+H heads, G heads or channels of an aggregate, K head width, S = 2L+1 stations, E any other width.
+
+Modules are Flax NNX modules used as what they are, plain pytrees: frozen, arrays declared as data, choices
+static. Parameters are their only leaves, and the dtype of the parameters is the dtype of the computation;
+means and variances are taken in at least float32. `hold=True` holds every data-dependent coefficient at its
+value (stops its gradient), after which a filter is affine in its input: see THEORY, held-coefficient
+decomposition; the idea is the "detached Jacobian" of Golden, arXiv 2505.24293.
+"""
+
+import dataclasses
+import math
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxwalk.config import Activation
+
+Key = Any
+"""A `jax.random` key."""
+
+
+@typing.dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(nnx.data, dataclasses.field))
+def module(cls: type) -> Any:
+    """Make `cls`, an `nnx.Module`, a frozen dataclass: a pytree of its data fields, with its other fields static."""
+    return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype in which reductions over `dtype` are taken: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def held(coefficient: Array, hold: bool) -> Array:
+    """`coefficient`, as a constant if `hold`."""
+    return lax.stop_gradient(coefficient) if hold else coefficient
+
+
+def row(table: Float[Array, "N D"], index: Int[Array, ""]) -> Float[Array, " D"]:
+    """Row `index` of `table`; NaN where there is none (indexing would clamp, or wrap a negative, silently)."""
+    return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def normal(key: Key, shape: tuple[int, ...], std: float) -> Array:
+    """Normal float32 parameters with standard deviation `std`."""
+    return std * jax.random.normal(key, shape, jnp.float32)
+
+
+TABLE_STD = 0.02  # of token, position and output vectors at the start, as in GPT-2
+
+
+@module
+class Embed(nnx.Module):
+    """Token id -> token vector e_v, row v of the embedding matrix E. An id out of range gives NaN."""
+
+    table: Float[Array, "V D"] = nnx.data()
+
+    @staticmethod
+    def init(vocab_size: int, width: int, *, key: Key) -> "Embed":
+        """Normal token vectors."""
+        return Embed(normal(key, (vocab_size, width), TABLE_STD))
+
+    def __call__(self, token: Int[Array, ""]) -> Float[Array, " D"]:
+        return row(self.table, token)
+
+
+@module
+class Unembed(nnx.Module):
+    """Context vector -> logits c . u_v + b_v. Tied: `weight` is None and the token vectors serve as output vectors."""
+
+    weight: Float[Array, "V D"] | None = nnx.data()
+    bias: Float[Array, " V"] | None = nnx.data()
+
+    @staticmethod
+    def init(vocab_size: int, width: int, *, tied: bool, bias: bool, key: Key) -> "Unembed":
+        """Normal output vectors (none if tied), zero bias (none unless asked)."""
+        weight = None if tied else normal(key, (vocab_size, width), TABLE_STD)
+        return Unembed(weight, jnp.zeros(vocab_size) if bias else None)
+
+    def __call__(self, context: Float[Array, " D"], token_table: Float[Array, "V D"]) -> Float[Array, " V"]:
+        """Logits, in at least float32. `token_table` is the embedding matrix, used where tied."""
+        weight = token_table if self.weight is None else self.weight
+        logits = jnp.dot(weight, context, preferred_element_type=wide(context.dtype))
+        return logits if self.bias is None else logits + self.bias
+
+
+@module
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias (Ba et al., arXiv 1607.06450). The held coefficient is 1/std."""
+
+    scale: Float[Array, " D"] = nnx.data()
+    bias: Float[Array, " D"] | None = nnx.data()
+    eps: float = 1e-5
+
+    @staticmethod
+    def init(width: int, *, bias: bool = True, eps: float = 1e-5) -> "LayerNorm":
+        """Scale 1, bias 0 (or none)."""
+        return LayerNorm(jnp.ones(width), jnp.zeros(width) if bias else None, eps)
+
+    def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
+        centred = x.astype(wide(x.dtype))
+        centred = centred - centred.mean()
+        y = centred * held(lax.rsqrt(jnp.mean(centred * centred) + self.eps), hold)
+        y = y.astype(x.dtype) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+@module
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale (Zhang and Sennrich, arXiv 1910.07467). The held coefficient is 1/rms."""
+
+    scale: Float[Array, " D"] = nnx.data()
+    eps: float = 1e-5
+
+    @staticmethod
+    def init(width: int, *, eps: float = 1e-5) -> "RMSNorm":
+        """Scale 1."""
+        return RMSNorm(jnp.ones(width), eps)
+
+    def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
+        y = x.astype(wide(x.dtype))
+        y = y * held(lax.rsqrt(jnp.mean(y * y) + self.eps), hold)
+        return y.astype(x.dtype) * self.scale
+
+
+Norm = LayerNorm | RMSNorm
+
+
+@module
+class Linear(nnx.Module):
+    """x W + b."""
+
+    weight: Float[Array, "D E"] = nnx.data()
+    bias: Float[Array, " E"] | None = nnx.data()
+
+    @staticmethod
+    def init(width_in: int, width_out: int, *, bias: bool, gain: float = 1.0, key: Key) -> "Linear":
+        """Normal weights with standard deviation gain / sqrt(width_in); zero bias (or none)."""
+        weight = normal(key, (width_in, width_out), gain / math.sqrt(width_in))
+        return Linear(weight, jnp.zeros(width_out) if bias else None)
+
+    def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " E"]:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+def _gelu_gate(a: Array) -> Array:
+    return 0.5 * (1 + lax.erf(a * math.sqrt(0.5)))
+
+
+def _gelu_tanh_gate(a: Array) -> Array:
+    return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a * a * a)))
+
+
+# Every activation here is phi(a) = gate(a) a. The gate in closed form, never as the quotient phi(a) / a, which
+# is NaN at 0: it is the coefficient that is held.
+GATES = {
+    "gelu": _gelu_gate,
+    "gelu_tanh": _gelu_tanh_gate,
+    "relu": lambda a: (a > 0).astype(a.dtype),
+    "silu": jax.nn.sigmoid,
+}
+
+
+def activate(a: Float[Array, " E"], activation: Activation, hold: bool) -> Float[Array, " E"]:
+    """gate(a) a, elementwise; if `hold`, the gate is a constant."""
+    return held(GATES[activation](a), hold) * a
+
+
+@module
+class MLP(nnx.Module):
+    """down(phi(up(x))). The held coefficients are the gates of phi, one for each neuron."""
+
+    up: Linear = nnx.data()
+    down: Linear = nnx.data()
+    activation: Activation = "gelu"
+
+    def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
+        return self.down(activate(self.up(x), self.activation, hold))
+
+
+@module
+class GatedMLP(nnx.Module):
+    """down(phi(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202). What is held is the whole gate branch."""
+
+    gate: Linear = nnx.data()
+    up: Linear = nnx.data()
+    down: Linear = nnx.data()
+    activation: Activation = "silu"
+
+    def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
+        return self.down(held(activate(self.gate(x), self.activation, False), hold) * self.up(x))
+
+
+@module
+class LearnedPositions(nnx.Module):
+    """Position -> row of a learned table. A position beyond the table gives NaN."""
+
+    table: Float[Array, "M D"] = nnx.data()
+
+    @staticmethod
+    def init(max_length: int, width: int, *, key: Key) -> "LearnedPositions":
+        """Normal position vectors."""
+        return LearnedPositions(normal(key, (max_length, width), TABLE_STD))
+
+    def __call__(self, position: Int[Array, ""]) -> Float[Array, " D"]:
+        return row(self.table, position)
+
+
+@module
+class SinusoidalPositions(nnx.Module):
+    """Position -> sines, then cosines, of geometrically spaced frequencies (Vaswani et al., arXiv 1706.03762).
+
+    Computed, not stored: a fixed table would be a leaf, and optimisers decay leaves. Scaled to the size that
+    token vectors start with, which they would otherwise drown.
+    """
+
+    width: int
+    scale: float = TABLE_STD
+
+    def __call__(self, position: Int[Array, ""]) -> Float[Array, " D"]:
+        half = (self.width + 1) // 2
+        dtype = wide(jnp.float32)
+        angles = position.astype(jnp.result_type(float)) * 10000.0 ** (-jnp.arange(half) / half)
+        waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])[: self.width]
+        return (self.scale * math.sqrt(2) * waves).astype(jnp.promote_types(dtype, angles.dtype))

@@ -1,0 +1,409 @@
+"""Paths through embedding space: their probabilities, sampling, exact enumeration, entropies, events.
+
+Everything takes one path and is batched with `jax.vmap`. All logarithms are natural: probabilities in nats.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxwalk.filters import Key
+from jaxwalk.transformer import State, Tokens, Transformer, check_tokens, prefill, step
+
+ENUMERABLE = 1 << 16
+"""How many continuations are enumerated, where exactness is possible, before estimates take over."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "log_probs", "unexplored_mass", "bound"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """Continuations of one prompt.
+
+    tokens: [n, steps]. log_probs: [n], given the prompt, under the model's own law.
+    unexplored_mass: [], 1 - the summed probability of the distinct paths here: how much else there is.
+    bound: [], the largest log-probability of any prefix that the search left unexpanded: paths at or above it
+        are exactly the most probable ones. NaN for sampled paths, which certify nothing.
+    """
+
+    tokens: Int[Array, "n steps"]
+    log_probs: Float[Array, " n"]
+    unexplored_mass: Float[Array, ""]
+    bound: Float[Array, ""]
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error, which is 0 where the number is exact."""
+
+    value: Float[Array, ""]
+    standard_error: Float[Array, ""]
+
+
+def next_log_probs(
+    model: Transformer, tokens: Tokens, segments: Int[Array, " T"] | None = None
+) -> Float[Array, "T V"]:
+    """log p(v | v_1..v_t) at every position t of one path, in nats.
+
+    `segments` [T] says which document each position is in: see `Transformer.walk`.
+    """
+    walk = model.walk(tokens, segments=segments)
+    return jax.nn.log_softmax(jax.vmap(model.logits)(walk.context))
+
+
+def path_log_prob(
+    model: Transformer,
+    tokens: Tokens,
+    given: int = 1,
+    nudge: Float[Array, "S T D"] | None = None,
+    segments: Int[Array, " T"] | None = None,
+) -> Float[Array, ""]:
+    """log P(v_1..v_T | the first `given` tokens) in nats: the sum of the log-probabilities of the steps after them.
+
+    given: at least 1, as a model has no law for the first token (a begin-of-path token is a given one).
+    nudge: [S, T, D], added at each station of the walk.
+    segments: [T], the document each position is in. Steps into padding (0), or across a border, are not scored.
+
+    The last token is scored but not walked, so a path may have max_length + 1 tokens.
+    """
+    return step_log_probs(model, tokens, given, nudge, segments).sum()
+
+
+def step_log_probs(
+    model: Transformer,
+    tokens: Tokens,
+    given: int = 1,
+    nudge: Float[Array, "S T D"] | None = None,
+    segments: Int[Array, " T"] | None = None,
+    **options: Any,
+) -> Float[Array, " T-1"]:
+    """The summands of `path_log_prob`: entry t is log p(v_{t+2} | v_1..v_{t+1}), 0 where the step is not scored.
+
+    Further options are those of `Transformer.walk`.
+    """
+    tokens = jnp.asarray(tokens) if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    if not 1 <= given <= max(len(tokens), 1):
+        raise ValueError(f"given: expected from 1 to {len(tokens)} (the path's length), got {given}.")
+    if len(tokens) == 1:
+        check_tokens(model, tokens)
+        return jnp.zeros(0)
+    before, after = check_tokens(model, tokens[:-1]), check_tokens(model, tokens[1:])
+    walk = model.walk(
+        before,
+        segments=None if segments is None else segments[:-1],
+        nudge=None if nudge is None else nudge[:, :-1],
+        **options,
+    )
+    # Not log_softmax and a gather: the row of log-probabilities is never written out.
+    logits = jax.vmap(model.logits)(walk.context)
+    index = jnp.arange(len(after))
+    chosen = logits.at[index, after].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    steps = chosen - jax.nn.logsumexp(logits, axis=-1)
+    scored = scored_steps(len(tokens), given, segments)
+    return jnp.where(scored, steps, 0)
+
+
+def scored_steps(length: int, given: int = 1, segments: Int[Array, " T"] | None = None) -> Bool[Array, " T-1"]:
+    """Which steps of a path count: those after the `given` tokens, inside a document."""
+    scored = jnp.arange(1, length) >= given
+    if segments is not None:
+        scored &= (segments[1:] == segments[:-1]) & (segments[1:] != 0)
+    return scored
+
+
+def sample_paths(
+    model: Transformer,
+    prompt: Tokens,
+    key: Key,
+    steps: int,
+    n: int,
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Paths:
+    """n independent continuations of `prompt` [P], exact samples of the model's law, by its recurrent form.
+
+    temperature, top_k, top_p: off by default, as each *changes the law* that is sampled (temperature first, then
+    the k most probable tokens, then the fewest whose probability reaches p). The log-probabilities returned
+    are under the model's own law in any case.
+    """
+    _check_steps(model, prompt, steps)
+    if temperature is not None and temperature <= 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}. top_k=1 is the greedy choice.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: expected at least 1, got {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a probability above 0, got {top_p}.")
+    if n < 1:
+        raise ValueError(f"n: expected at least 1 path, got {n}.")
+
+    state, logits = prefill(model, prompt, len(prompt) + steps)
+    law = functools.partial(altered_law, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def one(key: Key) -> tuple[Array, Array]:
+        def body(carry: tuple[State, Array], key: Key) -> tuple[tuple[State, Array], tuple[Array, Array]]:
+            state, logits = carry
+            token = jax.random.categorical(key, law(logits))
+            return step(model, state, token), (token, jax.nn.log_softmax(logits)[token])
+
+        _, (tokens, log_probs) = lax.scan(body, (state, logits), jax.random.split(key, steps))
+        return tokens, log_probs.sum()
+
+    tokens, log_probs = jax.vmap(one)(jax.random.split(key, n))
+    mass = jnp.where(_first_occurrence(tokens), jnp.exp(log_probs), 0).sum()
+    return Paths(tokens, log_probs, 1 - mass, jnp.full((), jnp.nan))
+
+
+def altered_law(
+    logits: Float[Array, " V"], temperature: float | None, top_k: int | None, top_p: float | None
+) -> Float[Array, " V"]:
+    """The logits of the law that sampling options leave, -inf where a token is excluded."""
+    if temperature is not None:
+        logits = logits / temperature
+    if top_k is not None and top_k < len(logits):
+        kept = jnp.zeros(len(logits), bool).at[lax.top_k(logits, top_k)[1]].set(True)
+        logits = jnp.where(kept, logits, -jnp.inf)
+    if top_p is not None:
+        order = jnp.argsort(-logits)
+        probs = jax.nn.softmax(logits)[order]
+        kept = jnp.zeros(len(logits), bool).at[order].set(jnp.cumsum(probs) - probs < top_p)
+        logits = jnp.where(kept, logits, -jnp.inf)
+    return logits
+
+
+def _first_occurrence(rows: Int[Array, "n m"]) -> Bool[Array, " n"]:
+    """Which rows are not a repetition of an earlier one."""
+    order = jnp.lexsort(rows.T)
+    ordered = rows[order]
+    new = jnp.concatenate([jnp.ones(1, bool), jnp.any(ordered[1:] != ordered[:-1], axis=1)])
+    return jnp.zeros(len(rows), bool).at[order].set(new)
+
+
+def _check_steps(model: Transformer, prompt: Tokens, steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}.")
+    if len(prompt) + steps > model.max_length + 1:
+        raise ValueError(
+            f"steps: expected prompt and steps within max_length + 1 = {model.max_length + 1} tokens, "
+            f"got {len(prompt)} + {steps}."
+        )
+
+
+class _Search(NamedTuple):
+    """A best-first search: prefixes to expand (-inf: an empty slot), the best complete paths, what was let go."""
+
+    tokens: Int[Array, "C steps"]
+    lengths: Int[Array, " C"]
+    log_probs: Float[Array, " C"]
+    done_tokens: Int[Array, "k steps"]
+    done_log_probs: Float[Array, " k"]
+    dropped: Float[Array, ""]
+    expanded: Int[Array, ""]
+
+
+def top_paths(
+    model: Transformer,
+    prompt: Tokens,
+    steps: int,
+    k: int,
+    *,
+    budget: int = 4096,
+    width: int = 16,
+    capacity: int | None = None,
+) -> Paths:
+    """The k most probable continuations of `prompt` [P] by `steps` tokens, in order, by best-first search.
+
+    Log-probabilities never increase along a path, so a path at or above every unexpanded prefix is exact: compare
+    `log_probs` with `bound`. On a flat law the frontier explodes: the search then stops at its `budget` and says
+    through `bound` and `unexplored_mass` what it left.
+
+    budget: the most prefixes that are expanded. width: how many are expanded together. capacity: how many
+    prefixes are kept for later; what falls out of it counts in `bound`. The answer is exact in any case as far
+    as the certificate says. Slots that no path fills have log-probability -inf and tokens -1.
+    """
+    _check_steps(model, prompt, steps)
+    if k < 1:
+        raise ValueError(f"k: expected at least 1 path, got {k}.")
+    V = model.vocab_size
+    width = min(width, max(budget, 1))
+    capacity = max(capacity or 4 * budget, width)
+    state, logits = prefill(model, prompt, len(prompt) + steps)
+    start = jax.nn.log_softmax(logits)
+
+    def law_after(tokens: Array, length: Array) -> Array:
+        """[V], given the prompt and the first `length` of `tokens`; retraced from the prompt's state, not stored."""
+
+        def body(carry: tuple[State, Array], item: tuple[Array, Array]) -> tuple[tuple[State, Array], None]:
+            token, i = item
+            return lax.cond(
+                i < length, lambda c: (lambda s, x: (s, jax.nn.log_softmax(x)))(*step(model, c[0], token)), lambda c: c, carry
+            ), None
+
+        if steps == 1:
+            return start
+        (_, law), _ = lax.scan(body, (state, start), (jnp.maximum(tokens[:-1], 0), jnp.arange(steps - 1)))
+        return law
+
+    def unfinished(search: _Search) -> Array:
+        best = search.log_probs.max()
+        return (best > -jnp.inf) & (best > search.done_log_probs[-1]) & (search.expanded < budget)
+
+    def expand(search: _Search) -> _Search:
+        best, slots = lax.top_k(search.log_probs, width)
+        # Within the budget, and never a prefix that cannot matter any more.
+        chosen = (best > search.done_log_probs[-1]) & (search.expanded + jnp.arange(width) < budget)
+        tokens, lengths = search.tokens[slots], search.lengths[slots]
+        laws = jax.vmap(law_after)(tokens, lengths)
+        children = jnp.where(chosen[:, None], best[:, None] + laws, -jnp.inf)  # [width, V]
+        complete = (lengths + 1 == steps)[:, None]
+
+        def extended(flat: Array) -> Array:
+            parent, token = flat // V, flat % V
+            return tokens[parent].at[jnp.arange(len(flat)), lengths[parent]].set(token)
+
+        finished = jnp.where(complete, children, -jnp.inf).ravel()
+        new, flat = lax.top_k(finished, min(k, finished.size))
+        pool = jnp.concatenate([search.done_log_probs, new])
+        done_log_probs, order = lax.top_k(pool, k)
+        done_tokens = jnp.concatenate([search.done_tokens, extended(flat)])[order]
+
+        prefixes = jnp.where(complete, -jnp.inf, children).ravel()
+        new, flat = lax.top_k(prefixes, min(capacity, prefixes.size))
+        left = search.log_probs.at[slots].set(jnp.where(chosen, -jnp.inf, best))
+        pool = jnp.concatenate([left, new])
+        kept, order = lax.top_k(pool, capacity)
+        lost = jnp.full(len(pool), True).at[order].set(False)
+        overflow = jnp.where(lost, pool, -jnp.inf).max(initial=-jnp.inf)
+        if prefixes.size > capacity:
+            overflow = jnp.maximum(overflow, new[-1])
+        return _Search(
+            jnp.concatenate([search.tokens, extended(flat)])[order],
+            jnp.concatenate([search.lengths, lengths[flat // V] + 1])[order],
+            kept,
+            jnp.where(jnp.isneginf(done_log_probs)[:, None], -1, done_tokens),
+            done_log_probs,
+            jnp.maximum(search.dropped, overflow),
+            search.expanded + chosen.sum(),
+        )
+
+    minus = functools.partial(jnp.full, fill_value=-jnp.inf, dtype=start.dtype)
+    search = _Search(
+        jnp.zeros((capacity, steps), int),
+        jnp.zeros(capacity, int),
+        minus(capacity).at[0].set(0.0),
+        jnp.full((k, steps), -1),
+        minus(k),
+        minus(()),
+        jnp.array(0),
+    )
+    search = lax.while_loop(unfinished, expand, search)
+    bound = jnp.maximum(search.dropped, search.log_probs.max())
+    return Paths(search.done_tokens, search.done_log_probs, 1 - jnp.exp(search.done_log_probs).sum(), bound)
+
+
+def continuations(vocab_size: int, steps: int) -> Int[np.ndarray, "N steps"]:
+    """All V^steps token sequences, in lexicographic order."""
+    return np.array(list(itertools.product(range(vocab_size), repeat=steps)), np.int32).reshape(-1, steps)
+
+
+def _enumerable(model: Transformer, steps: int) -> bool:
+    return steps * math.log(model.vocab_size) <= math.log(ENUMERABLE) + 1e-9
+
+
+def enumerated_log_probs(
+    model: Transformer, prompt: Tokens, steps: int, *, batch: int = 256
+) -> tuple[Int[Array, "N steps"], Float[Array, " N"]]:
+    """Every continuation of `prompt` [P] by `steps` tokens and its exact log-probability. N = V^steps.
+
+    Raises ValueError if there are more than `ENUMERABLE`.
+    """
+    _check_steps(model, prompt, steps)
+    if not _enumerable(model, steps):
+        raise ValueError(
+            f"steps: expected V^steps <= {ENUMERABLE}, got {model.vocab_size}^{steps}. "
+            "Sample (sample_paths), or search (top_paths)."
+        )
+    prompt = check_tokens(model, prompt)
+    after = jnp.asarray(continuations(model.vocab_size, steps))
+    score = lambda row: path_log_prob(model, jnp.concatenate([prompt, row]), given=len(prompt))
+    return after, lax.map(score, after, batch_size=min(batch, len(after)))
+
+
+def path_entropy(
+    model: Transformer, prompt: Tokens, steps: int, *, key: Key | None = None, samples: int = 1024
+) -> Estimate:
+    """Entropy, in nats, of the law of the next `steps` tokens after `prompt` [P]; its exp is the effective path count.
+
+    Exact, by enumeration, when V^steps <= `ENUMERABLE`; else a Monte Carlo estimate with its standard error over
+    `samples` paths, which needs a `key`: the mean over sampled paths of the summed entropies of their steps, whose
+    expectation is the entropy by the chain rule and which varies less than -log P.
+    """
+    _check_steps(model, prompt, steps)
+    if _enumerable(model, steps):
+        log_probs = enumerated_log_probs(model, prompt, steps)[1]
+        return Estimate(-jnp.sum(jnp.exp(log_probs) * log_probs), jnp.zeros((), log_probs.dtype))
+    prompt = check_tokens(model, prompt)
+    sampled = sample_paths(model, prompt, _needed(key, model, steps), steps, samples).tokens
+
+    def entropies(row: Array) -> Array:
+        laws = next_log_probs(model, jnp.concatenate([prompt, row])[:-1])[len(prompt) - 1 :]
+        return -jnp.sum(jnp.exp(laws) * laws)
+
+    return _mean(lax.map(entropies, sampled, batch_size=min(64, samples)))
+
+
+def event_probability(
+    model: Transformer,
+    prompt: Tokens,
+    steps: int,
+    event: Callable[[Int[Array, " steps"]], Bool[Array, ""]],
+    *,
+    key: Key | None = None,
+    samples: int = 1024,
+) -> Estimate:
+    """Probability that the next `steps` tokens after `prompt` [P] are such that `event(tokens [steps])` is true.
+
+    `event` is traced, as in `visits(ids)`. Exact, by enumeration, when V^steps <= `ENUMERABLE`; else the share of
+    `samples` sampled paths, which need a `key`, with its standard error (for a share of 0 or 1, where the usual
+    error would be 0, that of one more path on the other side).
+    """
+    _check_steps(model, prompt, steps)
+    if _enumerable(model, steps):
+        after, log_probs = enumerated_log_probs(model, prompt, steps)
+        mass = jnp.where(jax.vmap(event)(after), jnp.exp(log_probs), 0).sum()
+        return Estimate(mass, jnp.zeros((), log_probs.dtype))
+    sampled = sample_paths(model, prompt, _needed(key, model, steps), steps, samples).tokens
+    share = jnp.mean(jax.vmap(event)(sampled), dtype=jnp.result_type(float))
+    smoothed = jnp.clip(share, 1 / (samples + 1), samples / (samples + 1))
+    return Estimate(share, jnp.sqrt(smoothed * (1 - smoothed) / samples))
+
+
+def visits(ids: Sequence[int] | int) -> Callable[[Int[Array, " steps"]], Bool[Array, ""]]:
+    """The event that a walk visits one of the token `ids`."""
+    wanted = jnp.atleast_1d(jnp.asarray(ids))
+    return lambda tokens: jnp.isin(tokens, wanted).any()
+
+
+def _needed(key: Key | None, model: Transformer, steps: int) -> Key:
+    if key is None:
+        raise ValueError(
+            f"key: expected a jax.random key, got None. {model.vocab_size}^{steps} paths are too many to enumerate, "
+            "so this is estimated from samples."
+        )
+    return key
+
+
+def _mean(values: Float[Array, " n"]) -> Estimate:
+    return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(len(values)))

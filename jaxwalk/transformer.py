@@ -1,0 +1,427 @@
+"""Layers composed between an embedding and an unembedding; the walk of every position through them.
+
+This is the only place that composes. A model is a pytree and everything about it is a pure function of
+(model, tokens): what happens inside is returned as a `Walk`, what is changed inside is an argument.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxwalk import aggregates
+from jaxwalk.aggregates._contract import Aggregate, runs_and_positions
+from jaxwalk.config import AggregateConfig, MLPConfig, ModelConfig
+from jaxwalk.filters import (
+    MLP,
+    Embed,
+    GatedMLP,
+    Key,
+    LayerNorm,
+    LearnedPositions,
+    Linear,
+    Norm,
+    RMSNorm,
+    SinusoidalPositions,
+    Unembed,
+    module,
+)
+
+Filter = MLP | GatedMLP
+Tokens = Int[Array, " T"] | Int[np.ndarray, " T"] | Sequence[int]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["stations", "context", "mixing"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """What one path does inside a model: the encoding walk of every position, in parallel.
+
+    stations: [S, T, D], after the embedding, then after each aggregate step and each filter step; S = 2L+1.
+        `stations[0::2]` are the embedding and the outputs of the layers. All before the final norm.
+    context: [T, D], the context vectors: the final norm of the last station.
+    mixing: {layer: A [G, T, T]} of the layers that were asked for.
+    """
+
+    stations: Float[Array, "S T D"]
+    context: Float[Array, "T D"]
+    mixing: dict[int, Float[Array, "G T T"]]
+
+
+def _each(filter: Callable[..., Array], hold: bool) -> Callable[[Array], Array]:
+    """A filter lifted to all positions, [T, D] -> [T, E]."""
+    return jax.vmap(functools.partial(filter, hold=hold))
+
+
+@module
+class Layer(nnx.Module):
+    """An aggregate step, then a filter step, each added to the residual stream.
+
+    pre: x + aggregate(norm(x)), then x + filter(norm(x)); post: norm(x + aggregate(x)), then norm(x + filter(x))
+    (the stations are after the norm); parallel: x + aggregate(norm(x)) + filter(norm(x)), both from the same x
+    (the first station has the aggregate's part only). Without a filter the second station repeats the first.
+    """
+
+    aggregate_norm: Norm = nnx.data()
+    aggregate: Aggregate = nnx.data()
+    filter_norm: Norm | None = nnx.data()
+    filter: Filter | None = nnx.data()
+    placement: Literal["pre", "post", "parallel"] = "pre"
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        aggregate: Callable[[Array], Array],
+        nudge: Float[Array, "2 T D"] | None = None,
+        hold: bool = False,
+    ) -> Float[Array, "2 T D"]:
+        """Both stations of this layer. `aggregate` is what combines the positions: `self.aggregate`, or its stand-in."""
+        after_aggregate = self._step(x, x, self.aggregate_norm, aggregate, hold)
+        if nudge is not None:
+            after_aggregate = after_aggregate + nudge[0]
+        if self.filter is None or self.filter_norm is None:
+            after_filter = after_aggregate
+        else:
+            source = x if self.placement == "parallel" else after_aggregate
+            after_filter = self._step(after_aggregate, source, self.filter_norm, _each(self.filter, hold), hold)
+        if nudge is not None:
+            after_filter = after_filter + nudge[1]
+        return jnp.stack([after_aggregate, after_filter])
+
+    def _step(self, x: Array, source: Array, norm: Norm, function: Callable[[Array], Array], hold: bool) -> Array:
+        normalise = _each(norm, hold)
+        return normalise(x + function(source)) if self.placement == "post" else x + function(normalise(source))
+
+
+class State(NamedTuple):
+    """What decoding carries from token to token: the state of each layer's aggregate, and the position."""
+
+    layers: tuple[Any, ...]
+    position: Int[Array, ""]
+
+
+@module
+class Transformer(nnx.Module):
+    """Token vectors (and positions) -> layers -> final norm -> logits. Written for one path; batch it with vmap."""
+
+    embed: Embed = nnx.data()
+    positions: LearnedPositions | SinusoidalPositions | None = nnx.data()
+    layers: tuple[Layer, ...] = nnx.data()
+    norm: Norm | None = nnx.data()
+    unembed: Unembed = nnx.data()
+    max_length: int
+    scan: bool = False
+    remat: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.embed.table.shape[-2]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.embed.table.shape[-1]
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
+    def token_vectors(self) -> Float[Array, "V D"]:
+        """E, one row a token."""
+        return self.embed.table
+
+    @property
+    def output_vectors(self) -> Float[Array, "V D"]:
+        """U, one row a token; E where tied."""
+        return self.embed.table if self.unembed.weight is None else self.unembed.weight
+
+    def context(self, station: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
+        """The final norm: from the last station to the context vector (a logit lens takes other stations)."""
+        return station if self.norm is None else self.norm(station, hold=hold)
+
+    def logits(self, context: Float[Array, " D"]) -> Float[Array, " V"]:
+        """c . u_v + b_v for each v."""
+        return self.unembed(context, self.embed.table)
+
+    def walk(
+        self,
+        tokens: Tokens,
+        *,
+        segments: Int[Array, " T"] | None = None,
+        nudge: Float[Array, "S T D"] | None = None,
+        vectors: Float[Array, "T D"] | None = None,
+        mixing: Mapping[int, Float[Array, "G T T"]] | None = None,
+        record_mixing: Sequence[int] = (),
+        hold: bool = False,
+    ) -> Walk:
+        """The encoding walk of a path.
+
+        tokens: [T]. Ids that are out of range raise; under jit they give NaN.
+        segments: [T], the document each position is in; 0 is padding, positions restart at each border, and
+            nothing crosses one.
+        nudge: [S, T, D], added at each station. Its gradient at zero is that of every station at once; a steering
+            vector is a nudge.
+        vectors: [T, D], token vectors to use instead of the model's own.
+        mixing: {layer: A}, mixing matrices to use instead of the layers' own.
+        record_mixing: the layers whose mixing matrices are returned.
+        hold: hold all data-dependent coefficients (mixing, norms, gates) at their values, which leaves the walk
+            affine in the token vectors.
+        """
+        tokens = check_tokens(self, tokens)
+        overrides = dict(mixing or {})
+        for what, asked in (("mixing", overrides), ("record_mixing", record_mixing)):
+            if any(not 0 <= layer < self.depth for layer in asked):
+                raise ValueError(f"{what}: expected layers from 0 to {self.depth - 1}, got {sorted(asked)}.")
+        recorded: dict[int, Array] = {}
+
+        def run(layer: Layer, x: Array, nudge: Array | None, number: int | None = None) -> Array:
+            def aggregate(h: Array) -> Array:
+                if number in overrides:
+                    A = overrides[number]
+                elif hold or number in record_mixing:
+                    A = layer.aggregate.mixing(h, segments=segments)
+                    A = lax.stop_gradient(A) if hold else A
+                else:
+                    return layer.aggregate(h, segments)
+                if number is not None and number in record_mixing:
+                    recorded[number] = A
+                return layer.aggregate.apply_mixing(h, A, hold=hold)
+
+            return layer(x, aggregate, nudge, hold)
+
+        x = jax.vmap(self.embed)(tokens) if vectors is None else vectors
+        if self.positions is not None:
+            x = x + jax.vmap(self.positions)(runs_and_positions(segments, len(tokens))[1]).astype(x.dtype)
+        if nudge is not None:
+            x = x + nudge[0]
+        stations = [x[None]]
+        if self.scan and self.depth and not overrides and not record_mixing:
+            stations.append(self._scan(run, x, nudge))
+        else:
+            for number, layer in enumerate(self.layers):
+                step = functools.partial(run, number=number)
+                if self.remat and number not in record_mixing:
+                    step = jax.checkpoint(step)
+                pair = None if nudge is None else nudge[2 * number + 1 : 2 * number + 3]
+                stations.append(step(layer, stations[-1][-1], pair))
+        walked = jnp.concatenate(stations)
+        return Walk(walked, jax.vmap(functools.partial(self.context, hold=hold))(walked[-1]), recorded)
+
+    def _scan(self, run: Callable[..., Array], x: Array, nudge: Array | None) -> Array:
+        """The stations after the embedding, [S-1, T, D], compiled for one period of layers."""
+        period = layer_period(self.layers)
+        stack = tuple(jax.tree.map(lambda *a: jnp.stack(a), *self.layers[i::period]) for i in range(period))
+        nudges = None if nudge is None else nudge[1:].reshape(-1, period, 2, *x.shape)
+
+        def body(x: Array, args: tuple[tuple[Layer, ...], Array | None]) -> tuple[Array, Array]:
+            layers, nudges = args
+            stations = []
+            for i, layer in enumerate(layers):
+                stations.append(run(layer, x, None if nudges is None else nudges[i]))
+                x = stations[-1][-1]
+            return x, jnp.concatenate(stations)
+
+        stations = lax.scan(jax.checkpoint(body) if self.remat else body, x, (stack, nudges))[1]
+        return stations.reshape(-1, *x.shape)
+
+
+def layer_period(layers: Sequence[Layer]) -> int:
+    """The shortest period of layers that are alike in structure and shapes; scanning stacks one period with the next."""
+    kinds = [(jax.tree.structure(layer), tuple((a.shape, a.dtype) for a in jax.tree.leaves(layer))) for layer in layers]
+    n = len(kinds)
+    return next((p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p)), max(n, 1))
+
+
+def check_tokens(model: Transformer, tokens: Tokens) -> Int[Array, " T"]:
+    """`tokens` as an array. Raises ValueError if they cannot be a path of this model.
+
+    Under jit nothing can be raised about ids: there an id out of range becomes a NaN token vector.
+    """
+    given = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    if given.ndim != 1 or not given.size:
+        raise ValueError(
+            f"tokens: expected one path, integers [T] with T >= 1, got shape {given.shape}. "
+            "Batches are made with jax.vmap; an empty prompt has no next-step law."
+        )
+    if not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(f"tokens: expected integer ids, got {given.dtype}. Encode text with the model's vocabulary.")
+    if len(given) > model.max_length:
+        raise ValueError(
+            f"tokens: expected at most max_length = {model.max_length} tokens, got {len(given)}. Cut the path, or, for "
+            "a model with no table of positions, dataclasses.replace(model, max_length=...)."
+        )
+    if not isinstance(given, jax.core.Tracer):
+        ids = np.asarray(given)
+        wrong = ids[(ids < 0) | (ids >= model.vocab_size)]
+        if wrong.size:
+            raise ValueError(
+                f"tokens: expected ids from 0 to {model.vocab_size - 1}, got {', '.join(map(str, wrong[:5]))}"
+                f"{', ...' if wrong.size > 5 else ''}. Encode with the vocabulary that the model was trained with."
+            )
+    return jnp.asarray(given)
+
+
+def init(config: ModelConfig, key: Key) -> Transformer:
+    """A model with fresh float32 parameters. The same config and key give the same model."""
+
+    def stream(name: str) -> Key:
+        return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+    def norm() -> Norm:
+        if config.norm == "rms_norm":
+            return RMSNorm.init(config.width, eps=config.norm_eps)
+        return LayerNorm.init(config.width, bias=config.norm_bias, eps=config.norm_eps)
+
+    positions: LearnedPositions | SinusoidalPositions | None = None
+    if config.positions == "learned":
+        positions = LearnedPositions.init(config.max_length, config.width, key=stream("positions"))
+    elif config.positions == "sinusoidal":
+        positions = SinusoidalPositions(config.width)
+
+    layers = []
+    for number, (aggregate, filter) in enumerate(resolved_layers(config)):
+        key_aggregate, key_filter = jax.random.split(jax.random.fold_in(stream("layers"), number))
+        layers.append(
+            Layer(
+                aggregate_norm=norm(),
+                aggregate=aggregate.init(
+                    width=config.width,
+                    max_length=config.max_length,
+                    layer=number,
+                    depth=config.depth,
+                    key=key_aggregate,
+                ),
+                filter_norm=None if filter is None else norm(),
+                filter=None if filter is None else _init_filter(filter, config, key_filter),
+                placement=config.placement,
+            )
+        )
+    return Transformer(
+        embed=Embed.init(config.vocab_size, config.width, key=stream("embed")),
+        positions=positions,
+        layers=tuple(layers),
+        norm=None if config.placement == "post" else norm(),
+        unembed=Unembed.init(
+            config.vocab_size, config.width, tied=config.tied, bias=config.unembed_bias, key=stream("unembed")
+        ),
+        max_length=config.max_length,
+        scan=config.depth > 12 if config.scan is None else config.scan,
+        remat=config.remat,
+    )
+
+
+def resolved_layers(config: ModelConfig) -> list[tuple[AggregateConfig, MLPConfig | None]]:
+    """The aggregate and the filter of each layer: names looked up, tuples cycled."""
+
+    def cycled(choice: Any) -> list[Any]:
+        choices = choice if isinstance(choice, tuple) else (choice,)
+        return [choices[i % len(choices)] for i in range(config.depth)]
+
+    named = [aggregates.config(a) if isinstance(a, str) else a for a in cycled(config.aggregate)]
+    return list(zip(named, cycled(config.filter), strict=True))
+
+
+def resolve(config: ModelConfig) -> ModelConfig:
+    """`config` with every default written out, so that later defaults cannot alter this model."""
+    layers = resolved_layers(config)
+    return dataclasses.replace(
+        config,
+        aggregate=tuple(a for a, _ in layers) or config.aggregate,
+        filter=tuple(f for _, f in layers) or config.filter,
+        scan=config.depth > 12 if config.scan is None else config.scan,
+    )
+
+
+def _init_filter(config: MLPConfig, model: ModelConfig, key: Key) -> Filter:
+    width, hidden = model.width, config.hidden or 4 * model.width
+    key_gate, key_up, key_down = jax.random.split(key, 3)
+    up = Linear.init(width, hidden, bias=config.bias, key=key_up)
+    down = Linear.init(hidden, width, bias=config.bias, gain=1 / math.sqrt(2 * model.depth), key=key_down)
+    if not config.gated:
+        return MLP(up, down, config.activation)
+    return GatedMLP(Linear.init(width, hidden, bias=config.bias, key=key_gate), up, down, config.activation)
+
+
+def astype(model: Transformer, dtype: Any) -> Transformer:
+    """`model` with parameters, and so computation, in `dtype`; reductions stay in at least float32."""
+    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, model)
+
+
+def plain(model: Transformer) -> Transformer:
+    """The same function without fused kernels: every derivative exists, forward mode included."""
+    layers = tuple(dataclasses.replace(layer, aggregate=layer.aggregate.plain()) for layer in model.layers)
+    return dataclasses.replace(model, layers=layers)
+
+
+def encoding_walk(model: Transformer, tokens: Tokens, **options: Any) -> Walk:
+    """The encoding walk of a path: stations [S, T, D] and context [T, D]. Options are those of `Transformer.walk`."""
+    return model.walk(tokens, **options)
+
+
+def context_vector(model: Transformer, tokens: Tokens, **options: Any) -> Float[Array, " D"]:
+    """The context vector c_T [D] that the whole path is folded into: the last position's."""
+    return model.walk(tokens, **options).context[-1]
+
+
+def init_state(model: Transformer, length: int) -> State:
+    """The state before the first of at most `length` tokens. Raises ValueError beyond the model's max_length."""
+    _check_length(model, length)
+    return State(tuple(layer.aggregate.init_state(length) for layer in model.layers), jnp.array(0))
+
+
+def _check_length(model: Transformer, length: int, prompt: int = 0) -> None:
+    if not prompt <= length <= model.max_length:
+        raise ValueError(
+            f"length: expected from {max(prompt, 1)} (the prompt) to max_length = {model.max_length}, got {length}."
+        )
+
+
+def prefill(model: Transformer, tokens: Tokens, length: int) -> tuple[State, Float[Array, " V"]]:
+    """The state after a prompt [P], computed in parallel, and the logits [V] of what comes next.
+
+    `length` is the most tokens, prompt included, that the state will see.
+    """
+    tokens = check_tokens(model, tokens)
+    _check_length(model, length, len(tokens))
+    x = jax.vmap(model.embed)(tokens)
+    if model.positions is not None:
+        x = x + jax.vmap(model.positions)(jnp.arange(len(tokens))).astype(x.dtype)
+    states = []
+    for layer in model.layers:
+
+        def aggregate(h: Array, layer: Layer = layer) -> Array:
+            y, state = layer.aggregate.prefill(h, length)
+            states.append(state)
+            return y
+
+        x = layer(x, aggregate)[-1]
+    return State(tuple(states), jnp.array(len(tokens))), model.logits(model.context(x[-1]))
+
+
+def step(model: Transformer, state: State, token: Int[Array, ""] | int) -> tuple[State, Float[Array, " V"]]:
+    """Take one token; the new state, and the logits [V] of what comes next. Beyond the state's length: NaN."""
+    token = check_tokens(model, jnp.asarray(token)[None])[0]
+    x = model.embed(token)[None]
+    if model.positions is not None:
+        x = x + model.positions(state.position).astype(x.dtype)
+    states = []
+    for layer, before in zip(model.layers, state.layers, strict=True):
+
+        def aggregate(h: Array, layer: Layer = layer, before: Any = before) -> Array:
+            after, y = layer.aggregate.step(before, h[0])
+            states.append(after)
+            return y[None]
+
+        x = layer(x, aggregate)[-1]
+    return State(tuple(states), state.position + 1), model.logits(model.context(x[0]))
