@@ -52,7 +52,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _readable(annotation: Any) -> str:
-    return getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation).replace("typing.", "")  # type: ignore[return-value]
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
 class Checked:
@@ -77,7 +77,7 @@ class Checked:
 def _at_least(config: Any, **least: float) -> Iterable[str]:
     for name, bound in least.items():
         value = getattr(config, name)
-        if value is not None and value < bound:
+        if value is not None and not value >= bound:  # so that NaN is refused too
             yield f"{name}: expected at least {bound}, got {value}"
 
 
@@ -121,7 +121,7 @@ class ModelConfig(Checked):
     width: int = 64
     depth: int = 4
     aggregate: str | AggregateConfig | tuple[str | AggregateConfig, ...] = "attention"
-    filter: MLPConfig | None | tuple[MLPConfig | None, ...] = field(default_factory=MLPConfig)
+    filter: MLPConfig | tuple[MLPConfig | None, ...] | None = field(default_factory=MLPConfig)
     placement: Literal["pre", "post", "parallel"] = "pre"
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     norm_bias: bool = True

@@ -13,6 +13,7 @@ decomposition; the idea is the "detached Jacobian" of Golden, arXiv 2505.24293.
 import dataclasses
 import math
 import typing
+import zlib
 from typing import Any
 
 import jax
@@ -33,9 +34,14 @@ def module(cls: type) -> Any:
     return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
 
 
+def stream(key: Key, name: str) -> Key:
+    """The random stream `name` of a root key."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
 def wide(dtype: Any) -> Any:
     """The dtype in which reductions over `dtype` are taken: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def held(coefficient: Array, hold: bool) -> Array:
@@ -82,13 +88,13 @@ class Unembed(nnx.Module):
     def init(vocab_size: int, width: int, *, tied: bool, bias: bool, key: Key) -> "Unembed":
         """Normal output vectors (none if tied), zero bias (none unless asked)."""
         weight = None if tied else normal(key, (vocab_size, width), TABLE_STD)
-        return Unembed(weight, jnp.zeros(vocab_size) if bias else None)
+        return Unembed(weight, jnp.zeros(vocab_size, jnp.float32) if bias else None)
 
     def __call__(self, context: Float[Array, " D"], token_table: Float[Array, "V D"]) -> Float[Array, " V"]:
         """Logits, in at least float32. `token_table` is the embedding matrix, used where tied."""
         weight = token_table if self.weight is None else self.weight
         logits = jnp.dot(weight, context, preferred_element_type=wide(context.dtype))
-        return logits if self.bias is None else logits + self.bias
+        return logits if self.bias is None else logits + self.bias.astype(logits.dtype)
 
 
 @module
@@ -102,7 +108,7 @@ class LayerNorm(nnx.Module):
     @staticmethod
     def init(width: int, *, bias: bool = True, eps: float = 1e-5) -> "LayerNorm":
         """Scale 1, bias 0 (or none)."""
-        return LayerNorm(jnp.ones(width), jnp.zeros(width) if bias else None, eps)
+        return LayerNorm(jnp.ones(width, jnp.float32), jnp.zeros(width, jnp.float32) if bias else None, eps)
 
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
         centred = x.astype(wide(x.dtype))
@@ -122,7 +128,7 @@ class RMSNorm(nnx.Module):
     @staticmethod
     def init(width: int, *, eps: float = 1e-5) -> "RMSNorm":
         """Scale 1."""
-        return RMSNorm(jnp.ones(width), eps)
+        return RMSNorm(jnp.ones(width, jnp.float32), eps)
 
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
         y = x.astype(wide(x.dtype))
@@ -144,7 +150,7 @@ class Linear(nnx.Module):
     def init(width_in: int, width_out: int, *, bias: bool, gain: float = 1.0, key: Key) -> "Linear":
         """Normal weights with standard deviation gain / sqrt(width_in); zero bias (or none)."""
         weight = normal(key, (width_in, width_out), gain / math.sqrt(width_in))
-        return Linear(weight, jnp.zeros(width_out) if bias else None)
+        return Linear(weight, jnp.zeros(width_out, jnp.float32) if bias else None)
 
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " E"]:
         y = x @ self.weight
@@ -227,7 +233,7 @@ class SinusoidalPositions(nnx.Module):
 
     def __call__(self, position: Int[Array, ""]) -> Float[Array, " D"]:
         half = (self.width + 1) // 2
-        dtype = wide(jnp.float32)
-        angles = position.astype(jnp.result_type(float)) * 10000.0 ** (-jnp.arange(half) / half)
+        dtype = jnp.result_type(float)
+        angles = position.astype(dtype) * 10000.0 ** (-jnp.arange(half, dtype=dtype) / half)
         waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])[: self.width]
-        return (self.scale * math.sqrt(2) * waves).astype(jnp.promote_types(dtype, angles.dtype))
+        return self.scale * math.sqrt(2) * waves

@@ -3,7 +3,6 @@
 Everything takes one path and is batched with `jax.vmap`. All logarithms are natural: probabilities in nats.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -23,13 +22,7 @@ ENUMERABLE = 1 << 16
 """How many continuations are enumerated, where exactness is possible, before estimates take over."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "log_probs", "unexplored_mass", "bound"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Paths:
+class Paths(NamedTuple):
     """Continuations of one prompt.
 
     tokens: [n, steps]. log_probs: [n], given the prompt, under the model's own law.
@@ -51,9 +44,7 @@ class Estimate(NamedTuple):
     standard_error: Float[Array, ""]
 
 
-def next_log_probs(
-    model: Transformer, tokens: Tokens, segments: Int[Array, " T"] | None = None
-) -> Float[Array, "T V"]:
+def next_log_probs(model: Transformer, tokens: Tokens, segments: Int[Array, " T"] | None = None) -> Float[Array, "T V"]:
     """log p(v | v_1..v_t) at every position t of one path, in nats.
 
     `segments` [T] says which document each position is in: see `Transformer.walk`.
@@ -87,18 +78,18 @@ def step_log_probs(
     nudge: Float[Array, "S T D"] | None = None,
     segments: Int[Array, " T"] | None = None,
     **options: Any,
-) -> Float[Array, " T-1"]:
-    """The summands of `path_log_prob`: entry t is log p(v_{t+2} | v_1..v_{t+1}), 0 where the step is not scored.
+) -> Float[Array, " N"]:
+    """The N = T - 1 summands of `path_log_prob`: entry t is log p(v_{t+2} | v_1..v_{t+1}), 0 where it is not scored.
 
     Further options are those of `Transformer.walk`.
     """
-    tokens = jnp.asarray(tokens) if isinstance(tokens, jax.Array) else np.asarray(tokens)
-    if not 1 <= given <= max(len(tokens), 1):
+    tokens = check_tokens(model, tokens, model.max_length + 1)
+    segments = None if segments is None else jnp.asarray(segments)
+    if not 1 <= given <= len(tokens):
         raise ValueError(f"given: expected from 1 to {len(tokens)} (the path's length), got {given}.")
     if len(tokens) == 1:
-        check_tokens(model, tokens)
         return jnp.zeros(0)
-    before, after = check_tokens(model, tokens[:-1]), check_tokens(model, tokens[1:])
+    before, after = tokens[:-1], tokens[1:]
     walk = model.walk(
         before,
         segments=None if segments is None else segments[:-1],
@@ -114,8 +105,8 @@ def step_log_probs(
     return jnp.where(scored, steps, 0)
 
 
-def scored_steps(length: int, given: int = 1, segments: Int[Array, " T"] | None = None) -> Bool[Array, " T-1"]:
-    """Which steps of a path count: those after the `given` tokens, inside a document."""
+def scored_steps(length: int, given: int = 1, segments: Int[Array, " T"] | None = None) -> Bool[Array, " N"]:
+    """Which of the N = length - 1 steps of a path count: those after the `given` tokens, inside a document."""
     scored = jnp.arange(1, length) >= given
     if segments is not None:
         scored &= (segments[1:] == segments[:-1]) & (segments[1:] != 0)
@@ -139,7 +130,7 @@ def sample_paths(
     the k most probable tokens, then the fewest whose probability reaches p). The log-probabilities returned
     are under the model's own law in any case.
     """
-    _check_steps(model, prompt, steps)
+    prompt = _check_prompt(model, prompt, steps)
     if temperature is not None and temperature <= 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}. top_k=1 is the greedy choice.")
     if top_k is not None and top_k < 1:
@@ -149,17 +140,23 @@ def sample_paths(
     if n < 1:
         raise ValueError(f"n: expected at least 1 path, got {n}.")
 
-    state, logits = prefill(model, prompt, len(prompt) + steps)
+    state, logits = prefill(model, prompt, len(prompt) + steps - 1)
     law = functools.partial(altered_law, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def draw(logits: Array, key: Key) -> tuple[Array, Array]:
+        token = jax.random.categorical(key, law(logits))
+        return token, jax.nn.log_softmax(logits)[token]
 
     def one(key: Key) -> tuple[Array, Array]:
         def body(carry: tuple[State, Array], key: Key) -> tuple[tuple[State, Array], tuple[Array, Array]]:
             state, logits = carry
-            token = jax.random.categorical(key, law(logits))
-            return step(model, state, token), (token, jax.nn.log_softmax(logits)[token])
+            drawn = draw(logits, key)
+            return step(model, state, drawn[0]), drawn
 
-        _, (tokens, log_probs) = lax.scan(body, (state, logits), jax.random.split(key, steps))
-        return tokens, log_probs.sum()
+        keys = jax.random.split(key, steps)
+        (_, final), (tokens, log_probs) = lax.scan(body, (state, logits), keys[:-1])
+        token, log_prob = draw(final, keys[-1])  # the last token is drawn, but not walked
+        return jnp.append(tokens, token), log_probs.sum() + log_prob
 
     tokens, log_probs = jax.vmap(one)(jax.random.split(key, n))
     mass = jnp.where(_first_occurrence(tokens), jnp.exp(log_probs), 0).sum()
@@ -191,7 +188,8 @@ def _first_occurrence(rows: Int[Array, "n m"]) -> Bool[Array, " n"]:
     return jnp.zeros(len(rows), bool).at[order].set(new)
 
 
-def _check_steps(model: Transformer, prompt: Tokens, steps: int) -> None:
+def _check_prompt(model: Transformer, prompt: Tokens, steps: int) -> Int[Array, " P"]:
+    prompt = check_tokens(model, prompt)
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}.")
     if len(prompt) + steps > model.max_length + 1:
@@ -199,6 +197,7 @@ def _check_steps(model: Transformer, prompt: Tokens, steps: int) -> None:
             f"steps: expected prompt and steps within max_length + 1 = {model.max_length + 1} tokens, "
             f"got {len(prompt)} + {steps}."
         )
+    return prompt
 
 
 class _Search(NamedTuple):
@@ -233,13 +232,13 @@ def top_paths(
     prefixes are kept for later; what falls out of it counts in `bound`. The answer is exact in any case as far
     as the certificate says. Slots that no path fills have log-probability -inf and tokens -1.
     """
-    _check_steps(model, prompt, steps)
+    prompt = _check_prompt(model, prompt, steps)
     if k < 1:
         raise ValueError(f"k: expected at least 1 path, got {k}.")
     V = model.vocab_size
     width = min(width, max(budget, 1))
     capacity = max(capacity or 4 * budget, width)
-    state, logits = prefill(model, prompt, len(prompt) + steps)
+    state, logits = prefill(model, prompt, len(prompt) + steps - 1)
     start = jax.nn.log_softmax(logits)
 
     def law_after(tokens: Array, length: Array) -> Array:
@@ -247,9 +246,12 @@ def top_paths(
 
         def body(carry: tuple[State, Array], item: tuple[Array, Array]) -> tuple[tuple[State, Array], None]:
             token, i = item
-            return lax.cond(
-                i < length, lambda c: (lambda s, x: (s, jax.nn.log_softmax(x)))(*step(model, c[0], token)), lambda c: c, carry
-            ), None
+
+            def take(carry: tuple[State, Array]) -> tuple[State, Array]:
+                state, logits = step(model, carry[0], token)
+                return state, jax.nn.log_softmax(logits)
+
+            return lax.cond(i < length, take, lambda carry: carry, carry), None
 
         if steps == 1:
             return start
@@ -329,15 +331,17 @@ def enumerated_log_probs(
 
     Raises ValueError if there are more than `ENUMERABLE`.
     """
-    _check_steps(model, prompt, steps)
+    prompt = _check_prompt(model, prompt, steps)
     if not _enumerable(model, steps):
         raise ValueError(
             f"steps: expected V^steps <= {ENUMERABLE}, got {model.vocab_size}^{steps}. "
             "Sample (sample_paths), or search (top_paths)."
         )
-    prompt = check_tokens(model, prompt)
     after = jnp.asarray(continuations(model.vocab_size, steps))
-    score = lambda row: path_log_prob(model, jnp.concatenate([prompt, row]), given=len(prompt))
+
+    def score(row: Array) -> Array:
+        return path_log_prob(model, jnp.concatenate([prompt, row]), given=len(prompt))
+
     return after, lax.map(score, after, batch_size=min(batch, len(after)))
 
 
@@ -350,11 +354,10 @@ def path_entropy(
     `samples` paths, which needs a `key`: the mean over sampled paths of the summed entropies of their steps, whose
     expectation is the entropy by the chain rule and which varies less than -log P.
     """
-    _check_steps(model, prompt, steps)
+    prompt = _check_prompt(model, prompt, steps)
     if _enumerable(model, steps):
         log_probs = enumerated_log_probs(model, prompt, steps)[1]
         return Estimate(-jnp.sum(jnp.exp(log_probs) * log_probs), jnp.zeros((), log_probs.dtype))
-    prompt = check_tokens(model, prompt)
     sampled = sample_paths(model, prompt, _needed(key, model, steps), steps, samples).tokens
 
     def entropies(row: Array) -> Array:
@@ -379,7 +382,7 @@ def event_probability(
     `samples` sampled paths, which need a `key`, with its standard error (for a share of 0 or 1, where the usual
     error would be 0, that of one more path on the other side).
     """
-    _check_steps(model, prompt, steps)
+    prompt = _check_prompt(model, prompt, steps)
     if _enumerable(model, steps):
         after, log_probs = enumerated_log_probs(model, prompt, steps)
         mass = jnp.where(jax.vmap(event)(after), jnp.exp(log_probs), 0).sum()

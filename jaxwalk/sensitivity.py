@@ -4,6 +4,8 @@ All take one path, with fused kernels replaced by their plain form where a deriv
 with `jax.vmap`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,15 +29,15 @@ def path_gradient(
     through; the same vector's role as an output vector, where tied, is not part of it. The last token is not
     walked through: its entry is zero.
     """
-    tokens = jnp.asarray(tokens)
+    tokens = check_tokens(model, tokens, model.max_length + 1)
     model = plain(model)
 
     def score(vectors: Array) -> Array:
         return step_log_probs(model, tokens, given, segments=segments, vectors=vectors).sum()
 
+    vectors = jax.vmap(model.embed)(tokens)
     if len(tokens) == 1:
-        return jnp.zeros_like(token_vectors(model, tokens))
-    vectors = token_vectors(model, tokens)
+        return jnp.zeros_like(vectors)
     return jnp.concatenate([jax.grad(score)(vectors[:-1]), jnp.zeros_like(vectors[-1:])])
 
 
@@ -43,7 +45,7 @@ def station_gradient(
     model: Transformer, tokens: Tokens, given: int = 1, segments: Int[Array, " T"] | None = None
 ) -> Float[Array, "S T D"]:
     """d log P(path | given) / d nudge: the gradient at every station and position, in one backward pass."""
-    tokens = jnp.asarray(tokens)
+    tokens = check_tokens(model, tokens, model.max_length + 1)
     model = plain(model)
     nudge = jnp.zeros((2 * model.depth + 1, len(tokens), model.width), model.token_vectors.dtype)
     return jax.grad(lambda nudge: path_log_prob(model, tokens, given, nudge, segments))(nudge)
@@ -74,9 +76,7 @@ def context_jvp(
     model: Transformer, tokens: Tokens, tangents: Float[Array, "T D"], segments: Int[Array, " T"] | None = None
 ) -> Float[Array, "T D"]:
     """How the context vectors move when the token vectors move along `tangents`: J t, by forward mode."""
-    model = plain(model)
-    contexts = lambda vectors: model.walk(tokens, vectors=vectors, segments=segments).context
-    return jax.jvp(contexts, (token_vectors(model, tokens),), (tangents,))[1]
+    return jax.jvp(_contexts(model, tokens, segments), (token_vectors(model, tokens),), (tangents,))[1]
 
 
 def context_vjp(
@@ -86,8 +86,12 @@ def context_vjp(
     return _context_vjp(model, tokens, segments)(cotangents)
 
 
-def _context_vjp(model: Transformer, tokens: Tokens, segments: Array | None):  # type: ignore[no-untyped-def]
+def _contexts(model: Transformer, tokens: Tokens, segments: Array | None) -> Callable[[Array], Array]:
+    """The function that is differentiated: token vectors [T, D] -> context vectors [T, D]."""
     model = plain(model)
-    contexts = lambda vectors: model.walk(tokens, vectors=vectors, segments=segments).context
-    pull = jax.vjp(contexts, token_vectors(model, tokens))[1]
+    return lambda vectors: model.walk(tokens, vectors=vectors, segments=segments).context
+
+
+def _context_vjp(model: Transformer, tokens: Tokens, segments: Array | None) -> Callable[[Array], Array]:
+    pull = jax.vjp(_contexts(model, tokens, segments), token_vectors(model, tokens))[1]
     return lambda cotangents: pull(cotangents)[0]

@@ -7,7 +7,6 @@ This is the only place that composes. A model is a pytree and everything about i
 import dataclasses
 import functools
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -34,15 +33,14 @@ from jaxwalk.filters import (
     SinusoidalPositions,
     Unembed,
     module,
+    stream,
 )
 
 Filter = MLP | GatedMLP
 Tokens = Int[Array, " T"] | Int[np.ndarray, " T"] | Sequence[int]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["stations", "context", "mixing"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Walk:
+class Walk(NamedTuple):
     """What one path does inside a model: the encoding walk of every position, in parallel.
 
     stations: [S, T, D], after the embedding, then after each aggregate step and each filter step; S = 2L+1.
@@ -83,7 +81,7 @@ class Layer(nnx.Module):
         nudge: Float[Array, "2 T D"] | None = None,
         hold: bool = False,
     ) -> Float[Array, "2 T D"]:
-        """Both stations of this layer. `aggregate` is what combines the positions: `self.aggregate`, or its stand-in."""
+        """Both stations of this layer. `aggregate` is what combines the positions: `self.aggregate` or its stand-in."""
         after_aggregate = self._step(x, x, self.aggregate_norm, aggregate, hold)
         if nudge is not None:
             after_aggregate = after_aggregate + nudge[0]
@@ -179,7 +177,14 @@ class Transformer(nnx.Module):
             affine in the token vectors.
         """
         tokens = check_tokens(self, tokens)
+        T, S = len(tokens), 2 * self.depth + 1
+        segments = None if segments is None else jnp.asarray(segments)
+        _check_shape("segments", segments, (T,))
+        _check_shape("nudge", nudge, (S, T, self.width))
+        _check_shape("vectors", vectors, (T, self.width))
         overrides = dict(mixing or {})
+        for number, A in overrides.items():
+            _check_shape(f"mixing[{number}]", A, (None, T, T))
         for what, asked in (("mixing", overrides), ("record_mixing", record_mixing)):
             if any(not 0 <= layer < self.depth for layer in asked):
                 raise ValueError(f"{what}: expected layers from 0 to {self.depth - 1}, got {sorted(asked)}.")
@@ -210,7 +215,7 @@ class Transformer(nnx.Module):
             stations.append(self._scan(run, x, nudge))
         else:
             for number, layer in enumerate(self.layers):
-                step = functools.partial(run, number=number)
+                step: Callable[..., Array] = functools.partial(run, number=number)
                 if self.remat and number not in record_mixing:
                     step = jax.checkpoint(step)
                 pair = None if nudge is None else nudge[2 * number + 1 : 2 * number + 3]
@@ -236,15 +241,27 @@ class Transformer(nnx.Module):
         return stations.reshape(-1, *x.shape)
 
 
+def _check_shape(what: str, array: Array | None, expected: tuple[int | None, ...]) -> None:
+    # A wrong shape could broadcast, silently; None stands for any size.
+    if array is None:
+        return
+    shape = jnp.shape(array)
+    if len(shape) != len(expected) or any(e not in (None, n) for n, e in zip(shape, expected, strict=True)):
+        readable = str(expected).replace("None", "any")
+        raise ValueError(f"{what}: expected shape {readable} for this path, got {shape}.")
+
+
 def layer_period(layers: Sequence[Layer]) -> int:
-    """The shortest period of layers that are alike in structure and shapes; scanning stacks one period with the next."""
+    """The shortest period of layers that are alike in structure and shapes; a scan stacks one period with the next."""
     kinds = [(jax.tree.structure(layer), tuple((a.shape, a.dtype) for a in jax.tree.leaves(layer))) for layer in layers]
     n = len(kinds)
     return next((p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p)), max(n, 1))
 
 
-def check_tokens(model: Transformer, tokens: Tokens) -> Int[Array, " T"]:
-    """`tokens` as an array. Raises ValueError if they cannot be a path of this model.
+def check_tokens(model: Transformer, tokens: Tokens, longest: int | None = None) -> Int[Array, " T"]:
+    """`tokens` as an array. Raises ValueError if they cannot be a path of this model, of at most `longest` tokens.
+
+    By default `longest` is the model's max_length.
 
     Under jit nothing can be raised about ids: there an id out of range becomes a NaN token vector.
     """
@@ -256,10 +273,11 @@ def check_tokens(model: Transformer, tokens: Tokens) -> Int[Array, " T"]:
         )
     if not jnp.issubdtype(given.dtype, jnp.integer):
         raise ValueError(f"tokens: expected integer ids, got {given.dtype}. Encode text with the model's vocabulary.")
-    if len(given) > model.max_length:
+    longest = model.max_length if longest is None else longest
+    if len(given) > longest:
         raise ValueError(
-            f"tokens: expected at most max_length = {model.max_length} tokens, got {len(given)}. Cut the path, or, for "
-            "a model with no table of positions, dataclasses.replace(model, max_length=...)."
+            f"tokens: expected at most {longest} tokens (max_length = {model.max_length}), got {len(given)}. "
+            "Cut the path, or, for a model with no table of positions, dataclasses.replace(model, max_length=...)."
         )
     if not isinstance(given, jax.core.Tracer):
         ids = np.asarray(given)
@@ -275,9 +293,6 @@ def check_tokens(model: Transformer, tokens: Tokens) -> Int[Array, " T"]:
 def init(config: ModelConfig, key: Key) -> Transformer:
     """A model with fresh float32 parameters. The same config and key give the same model."""
 
-    def stream(name: str) -> Key:
-        return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-
     def norm() -> Norm:
         if config.norm == "rms_norm":
             return RMSNorm.init(config.width, eps=config.norm_eps)
@@ -285,13 +300,13 @@ def init(config: ModelConfig, key: Key) -> Transformer:
 
     positions: LearnedPositions | SinusoidalPositions | None = None
     if config.positions == "learned":
-        positions = LearnedPositions.init(config.max_length, config.width, key=stream("positions"))
+        positions = LearnedPositions.init(config.max_length, config.width, key=stream(key, "positions"))
     elif config.positions == "sinusoidal":
         positions = SinusoidalPositions(config.width)
 
     layers = []
     for number, (aggregate, filter) in enumerate(resolved_layers(config)):
-        key_aggregate, key_filter = jax.random.split(jax.random.fold_in(stream("layers"), number))
+        key_aggregate, key_filter = jax.random.split(jax.random.fold_in(stream(key, "layers"), number))
         layers.append(
             Layer(
                 aggregate_norm=norm(),
@@ -308,12 +323,12 @@ def init(config: ModelConfig, key: Key) -> Transformer:
             )
         )
     return Transformer(
-        embed=Embed.init(config.vocab_size, config.width, key=stream("embed")),
+        embed=Embed.init(config.vocab_size, config.width, key=stream(key, "embed")),
         positions=positions,
         layers=tuple(layers),
         norm=None if config.placement == "post" else norm(),
         unembed=Unembed.init(
-            config.vocab_size, config.width, tied=config.tied, bias=config.unembed_bias, key=stream("unembed")
+            config.vocab_size, config.width, tied=config.tied, bias=config.unembed_bias, key=stream(key, "unembed")
         ),
         max_length=config.max_length,
         scan=config.depth > 12 if config.scan is None else config.scan,
@@ -381,7 +396,7 @@ def init_state(model: Transformer, length: int) -> State:
 
 
 def _check_length(model: Transformer, length: int, prompt: int = 0) -> None:
-    if not prompt <= length <= model.max_length:
+    if not max(prompt, 1) <= length <= model.max_length:
         raise ValueError(
             f"length: expected from {max(prompt, 1)} (the prompt) to max_length = {model.max_length}, got {length}."
         )
@@ -412,9 +427,10 @@ def prefill(model: Transformer, tokens: Tokens, length: int) -> tuple[State, Flo
 def step(model: Transformer, state: State, token: Int[Array, ""] | int) -> tuple[State, Float[Array, " V"]]:
     """Take one token; the new state, and the logits [V] of what comes next. Beyond the state's length: NaN."""
     token = check_tokens(model, jnp.asarray(token)[None])[0]
-    x = model.embed(token)[None]
+    x = model.embed(token)
     if model.positions is not None:
         x = x + model.positions(state.position).astype(x.dtype)
+    x = x[None]
     states = []
     for layer, before in zip(model.layers, state.layers, strict=True):
 

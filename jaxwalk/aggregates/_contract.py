@@ -64,9 +64,7 @@ class Aggregate(nnx.Module, abc.ABC):
         return self
 
 
-def runs_and_positions(
-    segments: Int[Array, " T"] | None, length: int
-) -> tuple[Int[Array, " T"], Int[Array, " T"]]:
+def runs_and_positions(segments: Int[Array, " T"] | None, length: int) -> tuple[Int[Array, " T"], Int[Array, " T"]]:
     """For each position, which run of equal segment ids it is in, and its position in that run, from 0.
 
     A run is what must not leak: an id that comes back after another one is a new document.

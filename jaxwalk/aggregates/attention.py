@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from jaxwalk.aggregates._contract import Aggregate, causal_mask, put, runs_and_positions
 from jaxwalk.config import AggregateConfig, ConfigError
@@ -120,15 +120,14 @@ class Attention(Aggregate):
         scores = jnp.einsum("rgqk,cgk->gqrc", q, k, preferred_element_type=wide(q.dtype))
         scores = scores.reshape(self.heads, len(rows), len(columns)) / math.sqrt(self.head_width)
         if self.positions == "alibi":
-            scores = scores - alibi_slopes(self.heads, scores.dtype)[:, None, None] * (rows[:, None] - columns)
+            scores = scores + alibi(self.heads, rows, columns, scores.dtype)
         # A finite floor, as a row of a state may have nothing to see, and -inf - -inf is NaN in the gradient.
         return jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
 
     def values(self, x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "G T K"]:
         first = (self.heads + self.kv_heads) * self.head_width
-        v = x @ self.qkv.weight[:, first:]
-        if self.qkv.bias is not None:
-            v = v + self.qkv.bias[first:]
+        bias = None if self.qkv.bias is None else self.qkv.bias[first:]
+        v = jax.vmap(Linear(self.qkv.weight[:, first:], bias))(x)
         v = v.reshape(len(x), self.kv_heads, self.head_width).transpose(1, 0, 2)
         return jnp.repeat(v, self.heads // self.kv_heads, axis=0)
 
@@ -152,16 +151,18 @@ class Attention(Aggregate):
         runs, positions = runs_and_positions(segments, T)
         q, k, v = self._project(x, positions)
         index = jnp.arange(T)
-        runs = runs if segments is not None else None
+        borders = None if segments is None else runs
         if self.kernel != "plain" and x.dtype != jnp.float64:
-            y = self._fused(q, k, v, index, causal_mask(index, index, runs, self.window))
+            y = self._fused(q, k, v, index, causal_mask(index, index, borders, self.window))
         else:
             # In two blocks of queries, the first never touches the keys of the second: a quarter of the work less.
             ends = (T,) if T < 64 else (T // 2, T)
             blocks = []
             for start, end in zip((0, *ends), ends, strict=False):
                 rows, columns = index[start:end], index[:end]
-                A = self._weights(q[start:end], k[:end], rows, columns, causal_mask(rows, columns, runs, self.window))
+                A = self._weights(
+                    q[start:end], k[:end], rows, columns, causal_mask(rows, columns, borders, self.window)
+                )
                 A = A.astype(v.dtype).reshape(self.kv_heads, -1, *A.shape[1:])
                 blocks.append(jnp.einsum("gqrc,cgk->rgqk", A, v[:end]))
             y = jnp.concatenate(blocks)
@@ -171,10 +172,14 @@ class Attention(Aggregate):
         # The whole mask is passed: kernels that are told of causality only have been seen to ignore the borders.
         bias = None
         if self.positions == "alibi":
-            slopes = alibi_slopes(self.heads, jnp.float32)[:, None, None]
-            bias = (-slopes * (index[:, None] - index))[None].astype(q.dtype)
+            bias = alibi(self.heads, index, index, jnp.float32)[None].astype(q.dtype)
         y = jax.nn.dot_product_attention(
-            q[None], k[None], v[None], bias, allowed[None, None], implementation=self.kernel  # type: ignore[arg-type]
+            q[None],
+            k[None],
+            v[None],
+            bias,
+            allowed[None, None],
+            implementation=self.kernel,  # type: ignore[arg-type]
         )
         return y[0]
 
@@ -203,7 +208,7 @@ class Attention(Aggregate):
         slot = position % len(state.seen)
         keys, values = put(state.keys, slot, k[0]), put(state.values, slot, v[0])
         seen = state.seen.at[slot].set(position)
-        allowed = (seen >= 0) & causal_mask(position[None], seen, None, self.window)
+        allowed = (seen >= 0)[None] & causal_mask(position[None], seen, None, self.window)
         A = self._weights(q, keys.transpose(1, 0, 2), position[None], seen, allowed)
         A = A.astype(v.dtype).reshape(self.kv_heads, -1, len(seen))
         y = self.out(jnp.einsum("gqc,gck->gqk", A, values).reshape(-1))
@@ -215,18 +220,18 @@ class Attention(Aggregate):
 
 
 def rotate(x: Float[Array, "T H K"], positions: Int[Array, " T"], theta: float) -> Float[Array, "T H K"]:
-    """Rotary position embedding (Su et al., arXiv 2104.09864): pairs (k, k + K/2) turned by position * theta^(-2k/K)."""
+    """Rotary position embedding (Su et al., arXiv 2104.09864): pairs (k, k + K/2) turn by position * theta^(-2k/K)."""
     half = x.shape[-1] // 2
     dtype = wide(x.dtype)
-    angles = positions.astype(dtype)[:, None] * theta ** (-jnp.arange(half, dtype=dtype) / half)
+    angles = positions.astype(dtype)[:, None] * (theta ** (-jnp.arange(half, dtype=dtype) / half))[None]
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    first, second = x[..., :half], x[..., half:]
+    first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
 
-def alibi_slopes(heads: int, dtype: Any) -> Float[Array, " H"]:
-    """Slopes of ALiBi's distance penalty (Press et al., arXiv 2108.12409): 2^(-8 h / heads), h = 1..heads.
+def alibi(heads: int, rows: Int[Array, " R"], columns: Int[Array, " C"], dtype: Any) -> Float[Array, "H R C"]:
+    """ALiBi's penalty on scores, -slope x distance (Press et al., arXiv 2108.12409); slope 2^(-8 h / heads) of head h.
 
     Where the number of heads is no power of two, the paper's code takes the slopes of the next lower power and
     then every second one of the next higher: so do we.
@@ -237,4 +242,5 @@ def alibi_slopes(heads: int, dtype: Any) -> Float[Array, " H"]:
 
     lower = 2 ** int(math.log2(heads))
     slopes = geometric(lower) + geometric(2 * lower)[0::2][: heads - lower]
-    return jnp.array(slopes, dtype)
+    distance = (rows[:, None] - columns[None, :]).astype(dtype)
+    return -jnp.array(slopes, dtype)[:, None, None] * distance[None]

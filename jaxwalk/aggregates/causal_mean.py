@@ -54,7 +54,8 @@ class CausalMean(Aggregate):
         columns = jnp.arange(len(x))
         rows = columns if rows is None else rows
         allowed = causal_mask(rows, columns, runs)
-        return (allowed / (positions[rows] + 1)[:, None]).astype(wide(x.dtype))[None]
+        dtype = wide(x.dtype)
+        return (allowed.astype(dtype) / (positions[rows] + 1).astype(dtype)[:, None])[None]
 
     def readout(self, y: Float[Array, "1 T D"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
         return jax.vmap(self.out)(y[0])

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxwalk.aggregates._contract import Aggregate, causal_mask, put, runs_and_positions
 from jaxwalk.config import AggregateConfig, ConfigError
-from jaxwalk.filters import Linear, module, wide
+from jaxwalk.filters import Linear, module, normal, wide
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Config(AggregateConfig):
         key_value, key_out, key_logits = jax.random.split(key, 3)
         return FixedMixing(
             # Near zero, so that it starts as the causal mean, with heads that differ.
-            logits=0.02 * jax.random.normal(key_logits, (self.heads, max_length, max_length)),
+            logits=normal(key_logits, (self.heads, max_length, max_length), 0.02),
             value=Linear.init(width, width, bias=self.bias, key=key_value),
             out=Linear.init(width, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
         )

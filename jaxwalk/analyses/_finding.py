@@ -18,7 +18,8 @@ class Series:
 
     line: y [n] against x [n], with a band from `low` to `high`. points: y against x, each in its `colour`
     ([n, 3], red, green and blue from 0 to 1, or [n] numbers). bars: y [n] over the names in x [n], with error
-    bars from `low` to `high`. heatmap: y [rows, columns].
+    bars from `low` to `high`. heatmap: y [rows, columns], the first row on top, columns named by x, rows by `rows`.
+    Names may be numbers or strings; a line or points against strings are drawn over their names too.
     """
 
     label: str
@@ -32,6 +33,8 @@ class Series:
     """How a null or a reference is drawn."""
     text: str | None = None
     """Labels of the cells or points: an array of strings of the shape of y. Tokens are untrusted text."""
+    rows: str | None = None
+    """Names of the rows of a heatmap."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Figure:
     title: str
     """A sentence that says what is seen."""
     x_label: str
+    """With `equal_aspect`, an empty label says that the axis has no meaning of its own: it is not drawn. So for y."""
     y_label: str
     series: tuple[Series, ...]
     references: Mapping[str, float] = field(default_factory=dict)
@@ -85,7 +89,7 @@ class Finding:
             raise ValueError(f"Finding {self.name!r}: intervals of what was not measured: {', '.join(sorted(stray))}.")
         for figure in self.figures:
             for series in figure.series:
-                named = (series.x, series.y, series.low, series.high, series.colour, series.text)
+                named = (series.x, series.y, series.low, series.high, series.colour, series.text, series.rows)
                 if missing := [n for n in named if n is not None and n not in self.arrays]:
                     raise ValueError(f"Finding {self.name!r}, figure {figure.name!r}: no array {', '.join(missing)}.")
 
@@ -93,7 +97,7 @@ class Finding:
         """The finding as JSON data, without its arrays and figures. Numbers that JSON lacks (NaN) are None."""
 
         def number(value: Any) -> float | None:
-            return float(value) if np.isfinite(value) else None
+            return float(value) if value is not None and np.isfinite(value) else None
 
         return {
             "name": self.name,

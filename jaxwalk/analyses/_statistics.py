@@ -3,7 +3,8 @@
 Positions of one path are not independent, so paths are what is resampled.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -35,15 +36,37 @@ def bootstrap(
 
 def mean_interval(per_path: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """95% bootstrap interval of the mean over paths, elementwise over the other axes: low and high."""
+    return percentiles(resampled_means(per_path, seed))
+
+
+def resampled_means(per_path: np.ndarray, seed: int = 0) -> np.ndarray:
+    """[RESAMPLES, ...]: the means of resamples of the paths, for statistics that are functions of means.
+
+    One seed gives the same resamples to arrays of equally many paths, so that differences are paired.
+    """
     per_path = np.asarray(per_path, float)
     n = len(per_path)
     if n < 8:
         raise ValueError(f"bootstrap: expected at least 8 paths for an interval, got {n}. Analyse more paths.")
     # Means of resamples are weighted means: one matrix product instead of a thousand gathers.
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
-    means = np.tensordot(weights, per_path, axes=1)
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return np.tensordot(weights, per_path, axes=1)
+
+
+def percentiles(draws: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """The interval that holds the share `level` of the draws, the first axis: low and high."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
+
+
+def batches(paths: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of exactly `size` paths, so that one compiled function takes them all, and how many of each count.
+
+    The last one is filled up by repeating its last path.
+    """
+    for start in range(0, len(paths), size):
+        batch = paths[start : start + size]
+        yield np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)]), len(batch)
 
 
 def r_squared(predicted: np.ndarray, actual: np.ndarray) -> float:
@@ -51,3 +74,39 @@ def r_squared(predicted: np.ndarray, actual: np.ndarray) -> float:
     residual = np.sum((actual - predicted) ** 2)
     total = np.sum((actual - actual.mean(axis=0)) ** 2)
     return float(1 - residual / total)
+
+
+def chi_square_tail(x: float, dof: int) -> float:
+    """P(X >= x) for a chi-square X with `dof` degrees of freedom, by the recursion of the incomplete gamma function."""
+    if x <= 0:
+        return 1.0
+    half = x / 2
+    a, tail = (1.0, math.exp(-half)) if dof % 2 == 0 else (0.5, math.erfc(math.sqrt(half)))
+    while a < dof / 2:  # Q(a + 1, h) = Q(a, h) + h^a exp(-h) / Gamma(a + 1)
+        tail += math.exp(a * math.log(half) - half - math.lgamma(a + 1))
+        a += 1
+    return min(tail, 1.0)
+
+
+def g_test(counts: np.ndarray, law: np.ndarray, least: float = 5.0) -> tuple[float, int, float]:
+    """Likelihood-ratio test of `counts` [n] against the probabilities `law` [n]: G, degrees of freedom, p-value.
+
+    Cells are pooled, the rarest first, until each expects at least `least` counts, without which the chi-square
+    law of G would not hold. Under the hypothesis the p-value is uniform between 0 and 1. Raises ValueError where
+    fewer than two cells are left.
+    """
+    counts, expected = np.asarray(counts, float), np.sum(counts) * np.asarray(law, float) / np.sum(law)
+    order = np.argsort(expected, kind="stable")
+    counts, expected = counts[order], expected[order]
+    starts, pooled = [0], 0.0
+    for cell, size in enumerate(expected):
+        if pooled >= least:
+            starts.append(cell)
+            pooled = 0.0
+        pooled += size
+    counts, expected = np.add.reduceat(counts, starts), np.add.reduceat(expected, starts)
+    if len(counts) < 2:
+        raise ValueError(f"g_test: expected at least 2 cells with {least:g} expected counts, got 1. Sample more paths.")
+    seen = counts > 0
+    G = 2 * float(np.sum(counts[seen] * np.log(counts[seen] / expected[seen])))
+    return G, len(counts) - 1, chi_square_tail(G, len(counts) - 1)

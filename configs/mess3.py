@@ -1,0 +1,32 @@
+"""The quickstart: a small transformer on Mess3, whose belief states form a fractal (Shai et al., arXiv 2405.15943).
+
+    python train.py configs/mess3.py
+    python analyze.py runs/mess3
+"""
+
+from jaxwalk import ModelConfig, TrainConfig, WorldData, aggregates
+from jaxwalk.config import CheckpointConfig, MLPConfig, OptimConfig
+
+
+def get_config() -> TrainConfig:
+    """Three layers of width 64 on paths of 16 tokens."""
+    return TrainConfig(
+        name="mess3",
+        data=WorldData("mess3", {"x": 0.05, "a": 0.85}),
+        model=ModelConfig(
+            vocab_size=3,
+            max_length=16,
+            width=64,
+            depth=3,
+            aggregate=aggregates.config("attention", heads=4),
+            filter=MLPConfig(hidden=256),
+        ),
+        optim=OptimConfig(lr=3e-3, warmup=50, weight_decay=0.01),
+        checkpoint=CheckpointConfig(every=200, log_spaced=8),
+        batch_size=256,
+        steps=600,
+        steps_per_call=10,
+        log_every=50,
+        eval_every=200,
+        eval_batches=4,
+    )

@@ -1,0 +1,296 @@
+"""What a run leaves behind: parameters, the definition of the model, its vocabulary or world, and how to go on.
+
+A run's folder holds `config.json` (the definition: resolved config, vocabulary, format version),
+`metrics.jsonl`, and `checkpoints/` with two series written by Orbax: `state/<step>`, from which training
+resumes, the latest few; and `parameters/<step>`, a light copy for analysis, of the latest, the best and
+log-spaced steps and of step 0, the untrained model. A step of the second series carries the definition too,
+so it can be copied away and loaded by itself. Nothing is pickled: arrays are plain nested dicts, with layers
+always apart (`layers/7/...`), whichever way they were run.
+"""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from jaxwalk import text, worlds
+from jaxwalk.config import FORMAT_VERSION, CheckpointConfig, ConfigError, TrainConfig, WorldData, from_dict, to_dict
+from jaxwalk.transformer import Transformer, astype, init
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read, or is not there. Names the step and what can be loaded instead."""
+
+
+def to_dicts(tree: Any) -> dict[str, Any]:
+    """The leaves of any pytree as plain nested dicts, by the names of their path: {"layers": {"7": {...}}}."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, name = _names(path)
+        functools.reduce(lambda d, k: d.setdefault(k, {}), parents, nested)[name] = leaf
+    return nested
+
+
+def from_dicts(template: Any, nested: Mapping[str, Any]) -> Any:
+    """The inverse of `to_dicts`: a pytree with the structure of `template` and the leaves of `nested`."""
+    leaves = [
+        functools.reduce(lambda d, k: d[k], _names(path), nested)
+        for path, _ in jax.tree_util.tree_flatten_with_path(template)[0]
+    ]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [jax.tree_util.keystr((key,), simple=True) for key in path]
+
+
+def definition_of(config: TrainConfig, vocabulary: Any) -> dict[str, Any]:
+    """All that is needed, beside the arrays, to rebuild the model and to know what it was trained on."""
+    return {"format_version": FORMAT_VERSION, "config": to_dict(config), "vocabulary": vocabulary.to_dict()}
+
+
+def log_spaced(steps: int, count: int, multiple: int) -> tuple[int, ...]:
+    """About `count` steps up to `steps`, evenly spaced in log(step), each a multiple of `multiple`; and step 0."""
+    ratios = np.geomspace(multiple, max(steps, multiple), count) if count else np.zeros(0)
+    return tuple(sorted({0, *(int(round(r / multiple)) * multiple for r in ratios)}))
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, in the background where it can, and restores the state that training resumes from."""
+
+    def __init__(self, workdir: Path, config: TrainConfig, definition: Mapping[str, Any]) -> None:
+        self.folder = workdir.resolve() / "checkpoints"
+        self.definition = definition
+        kept: CheckpointConfig = config.checkpoint
+        self.series = log_spaced(config.steps, kept.log_spaced, config.steps_per_call)
+        policy = preservation_policy
+        self._state = ocp.CheckpointManager(
+            self.folder / "state",
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy.LatestN(kept.latest)),
+        )
+        # The union is spelled out: `best_fn` with `max_to_keep` keeps only the best, and loses the latest.
+        best = policy.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=kept.best)
+        union = [policy.LatestN(kept.latest), policy.CustomSteps(self.series), *([best] if kept.best else [])]
+        self._parameters = ocp.CheckpointManager(
+            self.folder / "parameters",
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(union)),
+        )
+
+    def save(self, step: int, parameters: Any, loss: float, state: Any = None) -> None:
+        """Save the parameters of a step and its evaluation loss; and, with `state`, what resuming needs.
+
+        The arrays may be donated as soon as this returns.
+        """
+        if step not in self._parameters.all_steps():
+            self._parameters.save(
+                step,
+                args=ocp.args.Composite(
+                    parameters=ocp.args.StandardSave(_own(to_dicts(parameters))),
+                    definition=ocp.args.JsonSave({**self.definition, "step": step, "loss": loss}),
+                ),
+                metrics={"loss": loss},
+                force=True,
+            )
+        if state is not None and step not in self._state.all_steps():
+            self._state.save(step, args=ocp.args.StandardSave(_own(to_dicts(state))), force=True)
+
+    def resume(self, template: Any, step: int | None = None) -> tuple[int, Any]:
+        """The state to go on from: that of `step`, or the latest, on the shardings of `template`'s leaves.
+
+        What was saved after that step is forgotten, as training will come by it again. Raises CheckpointError,
+        which names the step and the previous one, if the state cannot be read.
+        """
+        steps = sorted(self._state.all_steps())
+        if not steps:
+            raise CheckpointError(f"no state to resume from in {self.folder / 'state'}. Start anew, without --resume.")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise CheckpointError(f"step: expected one of the saved states {steps}, got {step}.")
+        restored = _read(self.folder / "state" / str(step) / "default", template, step, steps, "--resume")
+        for manager in (self._state, self._parameters):
+            for later in manager.all_steps():
+                if later > step:
+                    manager.delete(later)
+        return step, restored
+
+    def latest(self) -> int | None:
+        """The latest step that training can resume from."""
+        return self._state.latest_step()
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        for manager in (self._state, self._parameters):
+            manager.wait_until_finished()
+            manager.close()
+
+
+def _own(tree: Any) -> Any:
+    # On CPU an asynchronous writer sees the very buffers that the next donated step overwrites.
+    return jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree
+
+
+def _read(folder: Path, template: Any, step: int, steps: Iterable[int], option: str) -> Any:
+    """Restore a pytree like `template` (arrays or ShapeDtypeStructs), onto the shardings of its leaves."""
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or local), template
+    )
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            nested = reader.restore(folder.resolve(), args=ocp.args.StandardRestore(to_dicts(wanted)))
+        return from_dicts(template, nested)
+    except Exception as error:  # Orbax and tensorstore raise many kinds, all of which mean the same here
+        earlier = [s for s in steps if s < step]
+        remedy = f"The previous one is step {max(earlier)}: {option} {max(earlier)}." if earlier else "There is no other."
+        raise CheckpointError(f"step {step} in {folder} is corrupted or incomplete ({_first_line(error)}). {remedy}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+class Run:
+    """A run's folder, read: its config, vocabulary, world, the steps whose parameters are kept, and their models.
+
+    The folder may also be a single step of `checkpoints/parameters`, copied anywhere.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        single = self.folder / "definition" / "metadata"
+        self._single = single.is_file()
+        source = single if self._single else self.folder / "config.json"
+        try:
+            self.definition: dict[str, Any] = json.loads(source.read_text("utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{self.folder}: expected a run's folder (with config.json) or one of its checkpoints/parameters/<step>, "
+                f"got {'a folder without them' if self.folder.is_dir() else 'nothing there'}. Train with train.py first."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{source}: cannot be read as JSON ({_first_line(error)}).") from error
+        version = self.definition.get("format_version")
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise CheckpointError(
+                f"{source}: expected format_version from 1 to {FORMAT_VERSION}, got {version!r}. "
+                "It was written by a newer jaxwalk: upgrade."
+            )
+        self.config: TrainConfig = from_dict(TrainConfig, self.definition["config"])
+        self.vocabulary = text.vocabulary_from_dict(self.definition["vocabulary"])
+
+    @functools.cached_property
+    def world(self) -> Any:
+        """The world that the run's paths are sampled from; None for text."""
+        data = self.config.data
+        return worlds.make(data.world, **data.params) if isinstance(data, WorldData) else None
+
+    @functools.cached_property
+    def steps(self) -> tuple[int, ...]:
+        """The steps whose parameters are kept. What is half-written does not count."""
+        if self._single:
+            return (self.definition["step"],)
+        folder = self.folder / "checkpoints" / "parameters"
+        names = (p.name for p in folder.iterdir()) if folder.is_dir() else ()
+        steps = tuple(sorted(int(name) for name in names if name.isdigit()))
+        if not steps:
+            raise CheckpointError(f"{folder}: no step has been saved yet.")
+        return steps
+
+    def loss(self, step: int) -> float:
+        """The evaluation loss of a kept step, in nats per token."""
+        try:
+            return json.loads((self._step_folder(step) / "definition" / "metadata").read_text("utf-8"))["loss"]
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(step, error) from error
+
+    def resolve(self, step: int | Literal["latest", "best"]) -> int:
+        """The number of a step that is asked for by number, as the latest, or as the best by evaluation loss."""
+        if step == "latest":
+            return self.steps[-1]
+        if step == "best":
+            return min(self.steps, key=self.loss)
+        if step not in self.steps:
+            raise CheckpointError(f"step: expected one of {', '.join(map(str, self.steps))}, 'best' or 'latest', got {step}.")
+        return step
+
+    def model(self, step: int | Literal["latest", "best"] = "latest") -> Transformer:
+        """The float32 model of a kept step."""
+        step = self.resolve(step)
+        template = jax.eval_shape(lambda: init(self.config.model, jax.random.key(0)))
+        return _read(self._step_folder(step) / "parameters", template, step, self.steps, "--step")
+
+    def _step_folder(self, step: int) -> Path:
+        return self.folder if self._single else self.folder / "checkpoints" / "parameters" / str(step)
+
+    def _damaged(self, step: int, error: Exception) -> CheckpointError:
+        others = [s for s in self.steps if s != step]
+        return CheckpointError(
+            f"step {step} in {self._step_folder(step)} is corrupted or incomplete ({_first_line(error)}). "
+            f"Other steps: {', '.join(map(str, others)) or 'none'}. Remove its folder, or ask for another with --step."
+        )
+
+
+def load(
+    source: str | os.PathLike[str], dtype: Any = jnp.float32, *, step: int | Literal["latest", "best"] = "latest"
+) -> tuple[Transformer, Any]:
+    """The model of a run's folder, or of one step copied from it, and its vocabulary: `model, vocabulary`.
+
+    dtype: of parameters and computation. step: a kept step's number, the latest, or the best by evaluation loss.
+    The vocabulary has encode(str) -> [N], which adds no special tokens, decode([N]) -> str, and begin: id or None.
+    Raises CheckpointError if there is no such run or step, or if it cannot be read; it names the previous one.
+    """
+    run = Run(source)
+    return astype(run.model(step), dtype), run.vocabulary
+
+
+def prepare_workdir(workdir: Path, definition: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Make a run's folder, or check that the run in it is this one. Raises ConfigError rather than lose anything."""
+    file = workdir / "config.json"
+    if overwrite and file.exists():
+        shutil.rmtree(workdir)
+    if not file.exists():
+        if workdir.is_dir() and any(workdir.iterdir()):
+            raise ConfigError(f"{workdir}: expected a run's folder or an empty one, got a folder of other files. Use another --workdir.")
+        if resume:
+            raise ConfigError(f"{workdir}: expected a run to resume, got no config.json. Start it without --resume.")
+        workdir.mkdir(parents=True, exist_ok=True)
+    else:
+        old = json.loads(file.read_text("utf-8"))
+        if changed := sorted(_differences(_binding(old), _binding(definition))):
+            raise ConfigError(
+                f"{workdir} holds another config's run; they differ in {', '.join(changed)}. "
+                "Use another --workdir, or --overwrite to delete that run."
+            )
+        if not resume:
+            raise ConfigError(f"{workdir} already holds this run. Use --resume to go on, or --overwrite to start anew.")
+    partial = file.with_suffix(".json.tmp")
+    partial.write_text(json.dumps(definition, indent=2) + "\n", "utf-8")
+    os.replace(partial, file)
+
+
+# What may change when a run is resumed: none of it alters the parameters that training comes to.
+_FREE = ("name", "log_every", "eval_every", "eval_batches", "sample_every", "checkpoint", "mesh")
+
+
+def _binding(definition: Mapping[str, Any]) -> dict[str, Any]:
+    config = {k: v for k, v in definition["config"].items() if k not in _FREE}
+    config["data"] = {k: v for k, v in config["data"].items() if k != "store"}
+    return {**config, "vocabulary": definition["vocabulary"]}
+
+
+def _differences(a: Any, b: Any, path: str = "") -> Iterable[str]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in {*a, *b}:
+            yield from _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+    elif a != b:
+        yield path

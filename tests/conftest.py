@@ -1,0 +1,80 @@
+"""What all tests share: checked shapes, strict numerics, float64, and models whose parameters are all in play."""
+
+import os
+
+# Before jax starts. Eight host devices for the tests of meshes (everything else runs on the first, and is no slower
+# for it), and quick compilation, which is most of the time tests take: a quarter less. With XLA_FLAGS set to the
+# first of these alone, the laws are held by fully optimised code too.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+import jaxwalk.config  # it checks its values itself, and its own errors are tested
+
+# Shapes are checked under pytest only. The numeric tower: an int is a fine float.
+with install_import_hook("jaxwalk", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import jaxwalk as jw
+    import jaxwalk.filters
+    import jaxwalk.paths
+    import jaxwalk.sensitivity
+    import jaxwalk.transformer
+
+    for _name in jw.aggregates.names():
+        jw.aggregates.config_class(_name)
+
+
+def float64():
+    """A context in which arrays may be float64."""
+    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+
+
+@pytest.fixture
+def x64():
+    with float64():
+        yield
+
+
+@pytest.fixture
+def strict_numerics():
+    """No implicit broadcasting of ranks, no implicit promotion of dtypes."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def perturbed(tree, scale=0.4, seed=1):
+    """`tree`, or the shapes of one, with random leaves: zero biases and unit scales would hide mistakes.
+
+    By numpy, as compiling a fresh model's random numbers takes longer than most tests.
+    """
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, a):
+        mean = 1.0 if getattr(path[-1], "name", "") == "scale" else 0.0
+        return jnp.asarray(rng.normal(mean, scale, a.shape), a.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def normal(seed, *shape):
+    """Standard normal float32 numbers."""
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def to64(tree):
+    """The float leaves of `tree` in float64; call it inside `float64()`."""
+    return jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+@functools.cache
+def model_of(scale=0.4, seed=0, **choices):
+    """A small perturbed model: 5 tokens, at most 12 positions, width 16, 2 layers, unless `choices` say otherwise."""
+    config = jw.ModelConfig(**{"vocab_size": 5, "max_length": 12, "width": 16, "depth": 2, **choices})
+    return perturbed(jax.eval_shape(lambda: jw.init(config, jax.random.key(0))), scale, seed)

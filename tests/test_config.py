@@ -1,0 +1,129 @@
+"""Configs are data, checked when made: round trips, and errors that say expected, got and remedy."""
+
+import dataclasses
+import json
+
+import pytest
+
+import jaxwalk as jw
+from jaxwalk.config import (
+    CheckpointConfig,
+    ConfigError,
+    MeshConfig,
+    MLPConfig,
+    ModelConfig,
+    OptimConfig,
+    TextData,
+    TrainConfig,
+    WorldData,
+    from_dict,
+    to_dict,
+)
+
+MODEL = ModelConfig(
+    vocab_size=3,
+    max_length=8,
+    aggregate=("causal_mean", jw.aggregates.config("attention", heads=2, window=3)),
+    filter=(MLPConfig(gated=True, activation="silu"), None),
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(vocab_size=3, max_length=8),
+        MODEL,
+        jw.transformer.resolve(MODEL),
+        dataclasses.replace(MODEL, filter=None, aggregate=jw.aggregates.config("fixed_mixing")),
+        TrainConfig(name="w", model=MODEL, data=WorldData("mess3", {"x": 0.1, "deep": {"a": [1, 2]}})),
+        TrainConfig(name="t", model=MODEL, data=TextData(tokenizer="bpe", vocab_size=300), seed=7),
+    ],
+)
+def test_round_trip_through_json(config):
+    data = json.loads(json.dumps(to_dict(config)))
+    again = from_dict(type(config), data)
+    assert to_dict(again) == to_dict(config)
+    if isinstance(config, ModelConfig):
+        assert again == config
+
+
+@pytest.mark.parametrize("name", jw.aggregates.names())
+def test_every_aggregate_round_trips(name):
+    config = dataclasses.replace(MODEL, aggregate=jw.aggregates.config(name))
+    assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_resolved_config_names_every_layer():
+    resolved = jw.transformer.resolve(MODEL)
+    assert len(resolved.aggregate) == len(resolved.filter) == MODEL.depth
+    assert all(isinstance(a, jw.aggregates.AggregateConfig) for a in resolved.aggregate)
+    assert resolved.scan is False
+    assert jw.transformer.resolve(resolved) == resolved
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MODEL.width = 3
+
+
+IMPOSSIBLE = [
+    (ModelConfig, {"vocab_size": 0, "max_length": 8}, "vocab_size: expected at least 1, got 0"),
+    (ModelConfig, {"vocab_size": "3", "max_length": 8}, "vocab_size: expected int, got '3'"),
+    (ModelConfig, {"vocab_size": True, "max_length": 8}, "vocab_size: expected int, got True"),
+    (ModelConfig, {"vocab_size": 3, "max_length": 8, "placement": "mid"}, "placement: expected .*'pre'.*, got 'mid'"),
+    (ModelConfig, {"vocab_size": 3, "max_length": 8, "aggregate": ()}, "aggregate: expected a choice"),
+    (ModelConfig, {"vocab_size": 3, "max_length": 8, "filter": (1,)}, r"filter: expected .*MLPConfig.*, got \(1,\)"),
+    (ModelConfig, {"vocab_size": 3, "max_length": 8, "depth": -1}, "depth: expected at least 0, got -1"),
+    (MLPConfig, {"hidden": 0}, "hidden: expected at least 1, got 0"),
+    (MLPConfig, {"activation": "swish"}, "activation: expected Literal.*, got 'swish'"),
+    (OptimConfig, {"lr": -1.0}, "lr: expected at least 0, got -1.0"),
+    (OptimConfig, {"lr": float("nan")}, "lr: expected at least 0, got nan"),
+    (OptimConfig, {"decay_share": 2.0}, "decay_share: expected a share between 0 and 1, got 2.0"),
+    (OptimConfig, {"schedule": "linear"}, "schedule: expected Literal.*, got 'linear'"),
+    (CheckpointConfig, {"latest": 0}, "latest: expected at least 1, got 0"),
+    (MeshConfig, {"model": 0}, "model: expected at least 1, got 0"),
+    (WorldData, {"params": 3}, "params: expected .*Mapping.*, got 3"),
+    (TextData, {"validation": 1.0}, "validation: expected a share between 0 and 1, got 1.0"),
+    (TextData, {"streaming": True}, "max_tokens: expected a number with streaming=True"),
+    (TextData, {"vocab_size": 300}, "vocab_size: expected 257 with tokenizer='bytes', got 300"),
+]
+
+
+@pytest.mark.parametrize(("cls", "choices", "message"), IMPOSSIBLE)
+def test_impossible_choices_raise(cls, choices, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(**choices)
+    with pytest.raises(ConfigError, match=message):
+        from_dict(cls, choices)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"steps": 15}, "steps: expected a multiple of steps_per_call = 10, got 15"),
+        ({"log_every": 5}, "log_every: expected a multiple of steps_per_call"),
+        ({"checkpoint": CheckpointConfig(every=7)}, "checkpoint.every: expected a multiple of steps_per_call"),
+        ({"batch_size": 9, "accumulate": 2}, "batch_size: expected a multiple of accumulate = 2, got 9"),
+        ({"steps_per_call": 0}, "steps_per_call: expected at least 1, got 0"),
+        ({"data": "mess3"}, "data: expected .*WorldData.*TextData, got 'mess3'"),
+    ],
+)
+def test_a_run_that_cannot_be_raises(choices, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**{"name": "r", "model": MODEL, "data": WorldData(), **choices})
+
+
+def test_all_faults_are_named_at_once():
+    with pytest.raises(ConfigError, match=r"ModelConfig: vocab_size: .*; max_length: .*; width: "):
+        ModelConfig(vocab_size=0, max_length=0, width=0)
+
+
+def test_unknown_and_missing_fields():
+    with pytest.raises(ConfigError, match=r"unknown field of ModelConfig 'widht'. Did you mean 'width'\? Choices: agg"):
+        from_dict(ModelConfig, {"vocab_size": 3, "max_length": 8, "widht": 4})
+    with pytest.raises(ConfigError, match=r"ModelConfig: .*max_length.* Got fields vocab_size"):
+        from_dict(ModelConfig, {"vocab_size": 3})
+    with pytest.raises(ConfigError, match=r"unknown kind of config 'MLPConfg'. Did you mean 'MLPConfig'"):
+        from_dict(ModelConfig, {"vocab_size": 3, "max_length": 8, "filter": {"kind": "MLPConfg"}})
+    with pytest.raises(ConfigError, match=r"unknown aggregate 'fixd_mixing'. Did you mean 'fixed_mixing'"):
+        from_dict(ModelConfig, {"vocab_size": 3, "max_length": 8, "aggregate": {"kind": "aggregates.fixd_mixing"}})

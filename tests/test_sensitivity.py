@@ -1,0 +1,166 @@
+"""Derivatives: against finite differences in float64, and each influence map by two algorithms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import float64, model_of, to64
+
+import jaxwalk as jw
+from jaxwalk.sensitivity import token_vectors
+
+pytestmark = pytest.mark.usefixtures("strict_numerics")
+
+TOKENS = np.array([1, 4, 0, 2, 2, 3])
+SEGMENTS = np.array([1, 1, 1, 2, 2, 2])
+T, D = 6, 16
+MODELS = {
+    "pre": {},
+    "post-rope": {
+        "placement": "post",
+        "norm": "rms_norm",
+        "positions": "none",
+        "aggregate": jw.aggregates.config("attention", positions="rope", kernel="xla"),
+        "filter": jw.MLPConfig(gated=True, activation="silu"),
+        "tied": True,
+    },
+    "parallel-fixed": {"placement": "parallel", "aggregate": ("fixed_mixing", "causal_mean")},
+}
+each = pytest.mark.parametrize("name", MODELS)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+def model64(name):
+    return to64(model_of(**MODELS[name]))
+
+
+@functools.partial(jax.jit, static_argnames=("given", "packed"))
+def central_differences(model, step, directions, given, packed):
+    """Slopes of the path's log-probability along directions [n, T, D] in the token vectors, by values alone."""
+    vectors = token_vectors(model, TOKENS)
+
+    def score(vectors):
+        walk = model.walk(TOKENS[:-1], vectors=vectors[:-1], segments=jnp.asarray(SEGMENTS[:-1]) if packed else None)
+        steps = jax.nn.log_softmax(jax.vmap(model.logits)(walk.context))[np.arange(T - 1), TOKENS[1:]]
+        scored = np.arange(1, T) >= given
+        if packed:
+            scored = scored & (SEGMENTS[1:] == SEGMENTS[:-1])
+        return jnp.sum(steps[scored])
+
+    moved = lambda sign: jax.vmap(lambda d: score(vectors + sign * step * d))(directions)  # noqa: E731
+    return (moved(1) - moved(-1)) / (2 * step)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "packed"),
+    [
+        ("pre", 1, False),
+        ("post-rope", 3, False),
+        ("parallel-fixed", 1, True),
+        slow("pre", 3, True),
+        slow("post-rope", 2, True),
+        slow("parallel-fixed", 3, False),
+    ],
+)
+def test_path_gradient_agrees_with_central_differences(name, given, packed):
+    with float64():
+        m = model64(name)
+        segments = jnp.asarray(SEGMENTS) if packed else None
+        gradient, stations = jax.jit(
+            lambda m: (
+                jw.path_gradient(m, TOKENS, given, segments),
+                jw.station_gradient(m, TOKENS, given, segments),
+            )
+        )(m)
+        directions = jnp.eye(T * D).reshape(-1, T, D)
+        slopes = central_differences(m, 1e-5, directions, given, packed).reshape(T, D)
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-5, atol=1e-5 * np.abs(slopes).max())
+    assert not np.array(gradient)[-1].any()
+    assert stations.shape == (2 * m.depth + 1, T, D)
+    np.testing.assert_allclose(stations[0], gradient, rtol=1e-10, atol=1e-12)
+    if packed:
+        assert not np.array(stations)[:, 2].any()  # the step across the border is not scored
+
+
+def test_gradients_of_the_longest_and_the_shortest_path():
+    m = model_of()
+    tokens = np.arange(13) % 5  # max_length + 1
+    gradient = jax.jit(jw.path_gradient)(m, tokens)
+    stations = jax.jit(jw.station_gradient)(m, tokens)
+    np.testing.assert_allclose(stations[0], gradient, atol=1e-5)
+    assert np.abs(gradient[:-1]).sum(-1).min() > 0
+    for f, shape in ((jw.path_gradient, (1, D)), (jw.station_gradient, (5, 1, D))):
+        one = f(m, tokens[:1])
+        assert one.shape == shape
+        assert not np.array(one).any()
+
+
+def test_gradients_are_batched_with_vmap():
+    m = model_of()
+    batch = np.stack([TOKENS, TOKENS[::-1]])
+    many = jax.jit(jax.vmap(jw.path_gradient, (None, 0)))(m, batch)
+    one = jax.jit(jw.path_gradient)
+    for tokens, gradient in zip(batch, many, strict=True):
+        np.testing.assert_allclose(one(m, tokens), gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [
+        ("pre", False),
+        ("post-rope", True),
+        ("parallel-fixed", True),
+        slow("pre", True),
+        slow("post-rope", False),
+        slow("parallel-fixed", False),
+    ],
+)
+def test_context_sensitivity_by_two_algorithms(name, packed):
+    segments = jnp.asarray(SEGMENTS) if packed else None
+
+    @jax.jit
+    def both(m):
+        vectors = token_vectors(m, TOKENS)
+        walk = lambda v: m.walk(TOKENS, vectors=v, segments=segments).context  # noqa: E731
+        return jw.context_sensitivity(m, TOKENS, segments), jax.jacfwd(walk)(vectors)
+
+    with float64():
+        rows, dense = both(model64(name))  # reverse mode row by row; forward mode, dense
+        rows, dense = np.array(rows), np.array(dense)
+    np.testing.assert_allclose(rows, np.sqrt((dense**2).sum((1, 3))), rtol=1e-10, atol=1e-12)
+    assert not np.triu(rows, 1).any()  # the future: exactly zero
+    if packed:
+        assert not rows[3:, :3].any()
+    assert np.diag(rows).min() > 0
+
+
+@each
+def test_products_with_the_jacobian_are_adjoint_and_agree_with_central_differences(name):
+    with float64():
+        m, rng = model64(name), np.random.default_rng(0)
+        t, c = jnp.array(rng.normal(size=(T, D))), jnp.array(rng.normal(size=(T, D)))
+
+        @jax.jit
+        def products(m, t, c):
+            vectors = token_vectors(m, TOKENS)
+            contexts = lambda s: m.walk(TOKENS, vectors=vectors + s * t).context  # noqa: E731
+            slope = (contexts(1e-5) - contexts(-1e-5)) / 2e-5
+            return jw.context_jvp(m, TOKENS, t), jw.context_vjp(m, TOKENS, c), slope
+
+        push, pull, slope = products(m, t, c)
+        np.testing.assert_allclose(jnp.vdot(push, c), jnp.vdot(t, pull), rtol=1e-10)
+        np.testing.assert_allclose(push, slope, rtol=1e-5, atol=1e-5 * np.abs(slope).max())
+
+
+def test_products_respect_borders():
+    m, segments = model_of(), jnp.asarray(SEGMENTS)
+    first = jnp.zeros((T, D)).at[0].set(jnp.linspace(-1, 1, D))
+    push = jax.jit(lambda m, t: jw.context_jvp(m, TOKENS, t, segments))(m, first)
+    assert np.abs(push[:3]).max() > 0
+    assert not np.array(push[3:]).any()
+    last = jnp.zeros((T, D)).at[-1].set(jnp.linspace(-1, 1, D))
+    pull = jax.jit(lambda m, c: jw.context_vjp(m, TOKENS, c, segments))(m, last)
+    assert not np.array(pull[:3]).any()
+    assert np.abs(pull[3:]).max() > 0

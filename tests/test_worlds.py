@@ -1,0 +1,456 @@
+"""Laws of the worlds. Every world that the folder holds is held to all of them."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxwalk import worlds
+from jaxwalk.worlds import HiddenMarkov
+
+# A world's defaults, and where one parameter leads somewhere else, that too.
+EXTRA = {
+    "markov order 2": ("markov", {"order": 2, "vocab_size": 3, "seed": 1}),
+    "markov order 0": ("markov", {"order": 0, "vocab_size": 3}),
+    "tom_quantum projective": ("tom_quantum", {"alpha": 1.0, "beta": 1.0}),
+    "golden_mean p=0.1": ("golden_mean", {"p": 0.1}),
+}
+CASES = {name: (name, {}) for name in worlds.names()} | EXTRA
+
+
+@functools.cache
+def world_of(case: str) -> HiddenMarkov:
+    name, params = CASES[case]
+    return worlds.make(name, **params)
+
+
+@pytest.fixture(params=CASES)
+def world(request):
+    return world_of(request.param)
+
+
+def all_paths(vocab_size: int, length: int) -> np.ndarray:
+    return np.array(list(itertools.product(range(vocab_size), repeat=length)), int).reshape(-1, length)
+
+
+def longest(vocab_size: int, paths: int = 1500) -> int:
+    return int(np.log(paths) / np.log(vocab_size))
+
+
+def product_prob(world: HiddenMarkov, path) -> float:
+    """pi T^(v_1) .. T^(v_T) w, by its definition, in float64."""
+    return functools.reduce(lambda b, v: b @ world.transitions[v], path, world.initial) @ world.functional
+
+
+def hidden_path_prob(world: HiddenMarkov, path) -> float:
+    """The same as an explicit sum over all paths of hidden states."""
+    total = 0.0
+    for states in itertools.product(range(world.num_states), repeat=len(path) + 1):
+        prob = world.initial[states[0]]
+        for v, i, j in zip(path, states, states[1:], strict=False):
+            prob *= world.transitions[v, i, j]
+        total += prob * world.functional[states[-1]]
+    return total
+
+
+def exact_log_prob(world: HiddenMarkov, path) -> float:
+    """log P of a long path, in float64, rescaled by the largest entry: not the way the library does it."""
+    vector, log_scale = world.initial.copy(), 0.0
+    for v in path:
+        vector = vector @ world.transitions[v]
+        size = np.abs(vector).max()
+        vector, log_scale = vector / size, log_scale + np.log(size)
+    return log_scale + np.log(vector @ world.functional)
+
+
+def binary_entropy(p: float) -> float:
+    return -p * np.log(p) - (1 - p) * np.log(1 - p)
+
+
+# The path law.
+
+
+def test_path_law_is_that_of_the_matrices(world):
+    paths = all_paths(world.vocab_size, longest(world.vocab_size))
+    expected = np.array([product_prob(world, path) for path in paths])
+    with jax.enable_x64(True):
+        log_probs = np.asarray(jax.vmap(world.path_log_prob)(paths))
+    assert log_probs.dtype == np.float64
+    assert not np.isnan(log_probs).any()
+    np.testing.assert_allclose(np.exp(log_probs), expected, atol=1e-13)
+    possible = expected > 1e-9
+    np.testing.assert_allclose(log_probs[possible], np.log(expected[possible]), atol=1e-9)
+    assert abs(np.exp(log_probs).sum() - 1) < 1e-9
+    assert abs(np.exp(np.asarray(jax.vmap(world.path_log_prob)(paths))).sum() - 1) < 1e-5
+
+
+def test_path_law_is_a_sum_over_hidden_paths(world):
+    path = np.asarray(world.sample(jax.random.key(1), 1, 3))[0]
+    with jax.enable_x64(True):
+        log_prob = float(world.path_log_prob(path))
+    assert log_prob == pytest.approx(np.log(hidden_path_prob(world, path)), abs=1e-9)
+
+
+def test_long_paths_stay_finite_and_accurate_in_float32(world):
+    # Worlds that lose more than 1.02 nats a token end where float32 itself is spaced by more than 1e-4.
+    paths = np.asarray(world.sample(jax.random.key(2), 4, 1000))
+    expected = np.array([exact_log_prob(world, path) for path in paths])
+    got = np.asarray(jax.vmap(world.path_log_prob)(paths))
+    assert got.dtype == np.float32
+    assert (np.abs(got - expected) < np.maximum(1e-4, np.spacing(np.abs(got)))).all()
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(jax.vmap(world.path_log_prob)(paths), expected, atol=1e-9)
+
+
+def test_constant_paths_stay_accurate_in_float32():
+    # The belief comes to rest, so rounding repeats instead of averaging out.
+    for case, token in {"mess3": 0, "sns": 0, "even_process": 1, "random_hmm": 0, "leaky_rrxor": 1}.items():
+        path = np.full(1000, token)
+        assert float(world_of(case).path_log_prob(path)) == pytest.approx(
+            exact_log_prob(world_of(case), path), abs=1e-4, rel=1e-7
+        )
+
+
+def test_chain_rule(world):
+    path = np.asarray(world.sample(jax.random.key(3), 1, 12))[0]
+    with jax.enable_x64(True):
+        whole = world.path_log_prob(path)
+        steps = np.asarray(world.next_log_probs(path))
+        for given in range(13):
+            rest = world.path_log_prob(path, given=given)
+            assert float(world.path_log_prob(path[:given]) + rest) == pytest.approx(float(whole), abs=1e-9)
+            assert float(rest) == pytest.approx(steps[np.arange(given, 12), path[given:]].sum(), abs=1e-9)
+        np.testing.assert_allclose(np.exp(steps).sum(1), 1, atol=1e-9)
+
+
+def test_beliefs(world):
+    path = np.asarray(world.sample(jax.random.key(4), 1, 30))[0]
+    with jax.enable_x64(True):
+        beliefs = np.asarray(world.beliefs(path))
+        steps = np.asarray(world.next_log_probs(path))
+    assert beliefs.shape == (31, world.num_states)
+    np.testing.assert_allclose(beliefs @ world.functional, 1, atol=1e-9)
+    np.testing.assert_allclose(beliefs[0], world.initial, atol=1e-12)
+    np.testing.assert_allclose(world.initial @ world.transitions.sum(0), world.initial, atol=1e-9)
+    np.testing.assert_allclose(
+        np.exp(steps), np.einsum("ti,vij,j->tv", beliefs, world.transitions, world.functional), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "path"),
+    [("golden_mean", [0, 1, 1, 0]), ("rrxor", [0, 0, 0, 1, 1, 1, 1, 1]), ("z1r", [0, 0, 0]), ("fanizza", [0] * 3)],
+)
+def test_impossible_paths(case, path):
+    world = world_of(case)
+    first = (
+        next(t for t in range(1, len(path) + 1) if product_prob(world, path[:t]) < 1e-12) if case != "fanizza" else 99
+    )
+    if case == "fanizza":  # no path of a's is impossible: the reset has a chance of no b
+        assert np.isfinite(world.path_log_prob(np.array(path)))
+        return
+    path = np.array(path)
+    assert float(world.path_log_prob(path)) == -np.inf
+    assert float(world.path_log_prob(path, given=len(path) - 1)) == -np.inf
+    beliefs, steps = np.asarray(world.beliefs(path)), np.asarray(world.next_log_probs(path))
+    assert np.isfinite(beliefs[:first]).all()
+    assert np.isnan(beliefs[first:]).all()
+    assert not np.isnan(steps[:first]).any()
+    assert np.isnan(steps[first:]).all()
+    assert steps[first - 1, path[first - 1]] == -np.inf
+
+
+def test_impossible_next_tokens_of_a_generalised_world_are_impossible_in_float32():
+    world = world_of("tom_quantum projective")
+    for path in all_paths(4, 3):
+        assert np.isneginf(world.path_log_prob(path)) == (product_prob(world, path) < 1e-12)
+
+
+def test_supports():
+    ones = [path for path in all_paths(2, 6) if product_prob(world_of("golden_mean"), path) > 0]
+    assert len(ones) == 21  # a Fibonacci number
+    assert not any((path[1:] & path[:-1]).any() for path in ones)
+    start = worlds.rrxor().transitions
+    rrxor = HiddenMarkov(start, initial=[1, 0, 0, 0, 0])
+    for path in all_paths(2, 3):
+        assert product_prob(rrxor, path) == (0.25 if path[2] == path[0] ^ path[1] else 0)
+
+
+def test_markov_is_its_table():
+    table = np.random.default_rng(5).dirichlet(np.ones(3), (3, 3))
+    world = worlds.markov(order=2, table=table)
+    path = np.array([2, 0, 1, 1, 2, 0, 0])
+    expected = sum(np.log(table[path[t - 2], path[t - 1], path[t]]) for t in range(2, 7))
+    assert float(world.path_log_prob(path, given=2)) == pytest.approx(expected, abs=1e-5)
+    beliefs = np.asarray(world.beliefs(path))
+    np.testing.assert_allclose(beliefs[2:].argmax(1), 3 * path[:-1] + path[1:])
+    np.testing.assert_allclose(beliefs[2:].max(1), 1, atol=1e-6)
+    started = worlds.markov(order=1, table=[[0, 1], [1, 0]], initial=[1, 0])
+    assert float(started.path_log_prob(np.array([1, 0, 1]))) == 0
+
+
+# Transformations.
+
+
+def test_batch_is_loop_is_jit(world):
+    paths = world.sample(jax.random.key(6), 5, 9)
+    for law in (world.path_log_prob, world.beliefs, world.next_log_probs):
+        batched = np.asarray(jax.vmap(law)(paths))
+        np.testing.assert_allclose(batched, np.stack([law(path) for path in paths]), atol=1e-5)
+        np.testing.assert_allclose(batched, jax.jit(jax.vmap(law))(paths), atol=1e-5)
+
+
+def test_world_is_an_argument_or_a_constant_under_jit():
+    world, path = world_of("mess3"), jnp.array([0, 2, 1])
+    as_argument = jax.jit(lambda w, t: w.path_log_prob(t))(world, path)
+    assert float(as_argument) == pytest.approx(float(world.path_log_prob(path)))
+    assert jax.tree.leaves(world) == []
+    keys = jax.random.split(jax.random.key(0), 2)
+    batches = jax.jit(jax.vmap(lambda key: world.sample(key, 3, 4)))(keys)
+    np.testing.assert_array_equal(batches[1], world.sample(keys[1], 3, 4))
+
+
+def test_empty_path(world):
+    nothing = np.zeros(0, int)
+    assert float(world.path_log_prob(nothing)) == 0
+    assert world.beliefs(nothing).shape == (1, world.num_states)
+    assert world.next_log_probs(nothing).shape == (1, world.vocab_size)
+    assert world.sample(jax.random.key(0), 2, 0).shape == (2, 0)
+
+
+# Samples.
+
+
+def test_sample_frequencies(world):
+    n, length = 20_000, min(longest(world.vocab_size, 100), 5)
+    samples = world.sample(jax.random.key(7), n, length)
+    assert samples.dtype == jnp.int32
+    assert samples.shape == (n, length)
+    paths = all_paths(world.vocab_size, length)
+    probs = np.array([product_prob(world, path) for path in paths])
+    counts = np.bincount(
+        np.ravel_multi_index(tuple(np.asarray(samples).T), (world.vocab_size,) * length), minlength=len(paths)
+    )
+    assert counts[probs < 1e-12].sum() == 0
+    likely = n * probs >= 5
+    observed = np.append(counts[likely], counts[~likely].sum())
+    expected = np.append(n * probs[likely], n * probs[~likely].sum())
+    observed, expected = observed[expected > 1e-6], expected[expected > 1e-6]
+    assert stats.power_divergence(observed, expected * n / expected.sum(), lambda_="log-likelihood").pvalue > 1e-3
+
+
+def test_long_samples_are_possible(world):
+    assert np.isfinite(jax.vmap(world.path_log_prob)(world.sample(jax.random.key(8), 50, 200))).all()
+
+
+# What an observer loses.
+
+
+@pytest.mark.parametrize(
+    ("case", "rate"),
+    [
+        ("golden_mean", 2 / 3 * np.log(2)),
+        ("golden_mean p=0.1", binary_entropy(0.1) / 1.1),
+        ("even_process", 2 / 3 * np.log(2)),
+        ("rrxor", 2 / 3 * np.log(2)),
+        ("z1r", np.log(2) / 3),
+        ("mess3", 0.793457),
+    ],
+)
+def test_known_entropy_rates(case, rate):
+    assert float(world_of(case).entropy_rate()) == pytest.approx(rate, abs=1e-6)
+
+
+def test_entropy_rate_of_independent_tokens_is_their_entropy():
+    world = worlds.markov(order=0, table=[0.2, 0.3, 0.5])
+    assert float(world.entropy_rate()) == pytest.approx(stats.entropy([0.2, 0.3, 0.5]), abs=1e-6)
+    np.testing.assert_allclose(world.ideal_loss(3), stats.entropy([0.2, 0.3, 0.5]), atol=1e-6)
+
+
+def test_entropy_rates_of_renewal_processes():
+    """Their rate is the entropy of a run's length over the mean of it, with the token that ends it."""
+    runs = np.array([0.49**n * (1 - np.cos(n * 2000.0)) / 2 for n in range(200)])
+    runs[0] = 1 - runs[1:].sum()
+    expected = stats.entropy(runs) / (runs @ np.arange(1, 201))
+    assert float(world_of("fanizza").entropy_rate()) == pytest.approx(expected, abs=1e-6)
+    runs = np.array([n * 0.5 ** (n + 1) for n in range(200)])  # of zeros: two waits, the last ends in the 1
+    expected = stats.entropy(runs) / (runs @ np.arange(1, 201))
+    assert float(world_of("sns").entropy_rate()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_entropy_rate_of_a_chain_that_does_not_mix():
+    """Two coins, one picked for ever: the rate is the mean of theirs under `initial`."""
+    coins = np.zeros((2, 2, 2))
+    coins[1] = np.diag([0.5, 0.1])
+    coins[0] = np.diag([0.5, 0.9])
+    world = HiddenMarkov(coins, initial=[0.25, 0.75])
+    expected = 0.25 * np.log(2) + 0.75 * binary_entropy(0.1)
+    assert float(world.entropy_rate()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_ideal_loss_is_that_of_all_paths(world):
+    length = longest(world.vocab_size)
+    expected = []
+    for t in range(length):
+        joint = np.array([product_prob(world, path) for path in all_paths(world.vocab_size, t + 1)])
+        joint = np.maximum(joint.reshape(-1, world.vocab_size), 0)
+        expected.append(stats.entropy(joint.ravel()) - stats.entropy(joint.sum(1)))
+    losses = np.asarray(world.ideal_loss(length))
+    np.testing.assert_allclose(losses, expected, atol=2e-6)
+    assert (np.diff(losses) < 1e-5).all()  # the past never hurts in a stationary world
+
+
+def test_merging_beliefs_costs_no_more_than_it_says():
+    world = world_of("mess3")
+    exact = np.asarray(world.ideal_loss(9, max_beliefs=10_000))
+    merged = np.asarray(world.ideal_loss(9, tol=1e-3, max_beliefs=500))
+    assert (merged - exact > -1e-6).all()
+    assert (merged - exact < 1e-3).all()
+    assert float(merged[-1]) >= world.entropy_rate_bounds(1e-4).low
+    with pytest.raises(ValueError, match="estimate_ideal_loss"):
+        world.ideal_loss(9, tol=1e-6, max_beliefs=500)
+
+
+def test_ideal_loss_tends_to_the_entropy_rate():
+    for case in ("mess3", "sns", "days_of_week", "markov order 2"):
+        world = world_of(case)
+        last = float(world.ideal_loss(11)[-1])
+        assert last == pytest.approx(float(world.entropy_rate()), abs=3e-4)
+
+
+def test_estimates_agree_with_the_exact_values():
+    exact = np.asarray(world_of("mess3").ideal_loss(8))
+    value, error = world_of("mess3").estimate_ideal_loss(jax.random.key(9), 8, n=2000)
+    assert value.shape == error.shape == (8,)
+    assert (np.abs(value - exact) < 4.5 * error + 1e-6).all()
+    value, error = world_of("sns").estimate_entropy_rate(jax.random.key(10), n=64, length=300, burn_in=50)
+    assert 0 < float(error) < 0.01
+    assert abs(float(value) - float(world_of("sns").entropy_rate())) < 4.5 * float(error)
+    # Where no bounds are to be had, the message names the estimate, and the estimate is below the upper bound.
+    quantum = world_of("tom_quantum")
+    with pytest.raises(ValueError, match="estimate_entropy_rate"):
+        quantum.entropy_rate()
+    value, error = quantum.estimate_entropy_rate(jax.random.key(11), n=64, length=100, burn_in=50)
+    assert float(value) < quantum.entropy_rate_bounds().high + 4.5 * float(error)
+
+
+# Refusals.
+
+
+def test_token_ids_out_of_range(world):
+    for bad in ([0, world.vocab_size], [-1, 0]):
+        for law in (world.path_log_prob, world.beliefs, world.next_log_probs):
+            with pytest.raises(ValueError, match=rf"expected ids 0 to {world.vocab_size - 1}, got"):
+                law(np.array(bad))
+        traced = jnp.array(bad)
+        first = bad.index(next(v for v in bad if not 0 <= v < world.vocab_size))
+        assert np.isnan(jax.jit(world.path_log_prob)(traced))
+        assert np.isnan(jax.jit(world.beliefs)(traced)[first + 1 :]).all()
+        assert np.isfinite(jax.jit(world.beliefs)(traced)[: first + 1]).all()
+        assert np.isnan(jax.jit(world.next_log_probs)(traced)[first + 1 :]).all()
+    # An impossible path does not hide an id that is out of range.
+    assert np.isnan(jax.jit(world_of("golden_mean").path_log_prob)(jnp.array([1, 1, 7])))
+
+
+COIN = [[[0.5]], [[0.5]]]
+FLIP = [[[0.5, 0.0], [0.0, 0.5]], [[0.0, 0.5], [0.5, 0.0]]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"transitions": [[0.5, 0.5]]}, r"expected shape \[vocab_size, states, states\], got \[1, 2\]"),
+        ({"transitions": np.zeros((2, 2, 3))}, r"got \[2, 2, 3\]"),
+        ({"transitions": np.zeros((0, 2, 2))}, r"got \[0, 2, 2\]"),
+        ({"transitions": "mess3"}, "expected an array of real numbers"),
+        ({"transitions": [[[0.5]], [[np.nan]]]}, r"finite numbers, got nan at \[1, 0, 0\]"),
+        ({"transitions": [[[1.5]], [[-0.5]]]}, r"no negative entry, got -0.5 at \[1,0,0\].*functional"),
+        ({"transitions": [[[0.5]], [[0.49]]]}, "sum to 1, got 0.99 for state 0.*Divide"),
+        ({"transitions": COIN, "functional": [1, 1]}, r"functional: expected shape \[1\]"),
+        ({"transitions": FLIP, "functional": [1, 2]}, r"\(sum over tokens of T\) w = w"),
+        ({"transitions": FLIP, "initial": [0.5, 0.4]}, "probabilities that sum to 1, got 0.9"),
+        ({"transitions": FLIP, "initial": [1.5, -0.5]}, "expected probabilities, got -0.5 for state 1"),
+        ({"transitions": FLIP, "initial": [1, 0, 0]}, r"initial: expected shape \[2\]"),
+        ({"transitions": FLIP, "functional": [2, 2], "initial": [0.5, 0.5]}, "initial . functional = 1, got 2"),
+        ({"transitions": [np.eye(2) / 2, np.eye(2) / 2]}, "reducible .state 1 cannot be reached from state 0"),
+        ({"transitions": [np.eye(2) / 2] * 2, "functional": [1, 1]}, "no unique stationary belief"),
+        ({"transitions": [[[0.5, 0.5], [0, 1]]]}, r"reducible.*stationary law.* is \[0.0, 1.0\]"),
+        (
+            {"transitions": [[[1.5]], [[-0.5]]], "functional": [1]},
+            r"negative path probability, got -0.5 for the path \[1\]",
+        ),
+        ({"transitions": COIN, "symbols": ("a",)}, "expected 2 different ones"),
+        ({"transitions": COIN, "symbols": ("a", "a")}, "expected 2 different ones"),
+    ],
+)
+def test_matrices_that_are_no_process_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HiddenMarkov(**arguments)
+
+
+def test_negative_path_probabilities_are_found_up_to_the_stated_length():
+    # Rotation by an angle: the probability of n turns is 1/2 (1 + cos(n angle)) - 0.05, negative only near pi.
+    cos, sin = np.cos(0.5), np.sin(0.5)
+    turn = 0.9 * np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    w = np.array([1.0, 0, 0])
+    stop = np.zeros((3, 3))
+    stop[:, 0] = w - turn @ w
+    start = np.array([1.0, 1.2, 0])
+    mixed = np.stack([turn, stop])
+    functional = np.array([1.0, 1.0, 0.0])
+    mixed[1, :, 0] = functional - turn @ functional
+    mixed[1] *= 1.0
+    with pytest.raises(ValueError, match=r"negative path probability, got -[\d.e-]+ for the path \[(0, )*[01]\]"):
+        HiddenMarkov(mixed, initial=start / (start @ functional), functional=functional)
+
+
+def test_checked_length_is_stated():
+    assert world_of("mess3").checked_length is None
+    assert world_of("fanizza").checked_length == 16
+    t, w = world_of("fanizza").transitions, world_of("fanizza").functional
+    assert HiddenMarkov(t, functional=w, check_length=5).checked_length == 5
+    with pytest.raises(ValueError, match="check_length: expected at least 1, got 0"):
+        HiddenMarkov(t, functional=w, check_length=0)
+
+
+def test_bad_arguments_are_refused():
+    world = world_of("mess3")
+    with pytest.raises(ValueError, match="given: expected 0 to 2"):
+        world.path_log_prob(np.array([0, 1]), given=3)
+    with pytest.raises(ValueError, match=r"jax\.vmap"):
+        world._tokens(np.zeros((2, 3), int))
+    with pytest.raises(ValueError, match="integer token ids, got float"):
+        world._tokens(np.array([0.0, 1.0]))
+    with pytest.raises(ValueError, match="n: expected at least 0, got -1"):
+        world.sample(jax.random.key(0), -1, 3)
+
+
+# The room.
+
+
+def test_worlds_are_functions_and_remember_how_to_be_rebuilt(world):
+    assert callable(getattr(worlds, world.name))
+    again = worlds.make(world.name, **world.params)
+    np.testing.assert_array_equal(again.transitions, world.transitions)
+    assert dict(again.params) == dict(world.params)
+    assert len(world.symbols) == world.vocab_size
+    assert world.name in repr(world)
+
+
+def test_make_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"unknown world 'mes3'\. Did you mean 'mess3'\?"):
+        worlds.make("mes3")
+    with pytest.raises(ValueError, match=r"unknown parameter of world 'rrxor' 'p3'\. Did you mean 'p"):
+        worlds.make("rrxor", p3=0.5)
+    with pytest.raises(ValueError, match="expected no parameters, got 'x'"):
+        worlds.make("days_of_week", x=1)
+    with pytest.raises(ValueError, match=r"world 'mess3': expected 0 < x <= 1/2.*got x=0.7"):
+        worlds.make("mess3", x=0.7)
+    with pytest.raises(ValueError, match="world 'z1r'"):
+        worlds.make("z1r", p="half")
+    with pytest.raises(AttributeError, match="Did you mean 'mess3'"):
+        _ = worlds.mess4
