@@ -740,7 +740,8 @@ def _paper_mark(axes: Any, layout: _Layout, mark: _Mark, text: Callable[[object]
 
 def _spread(mark: _Mark) -> np.ndarray:
     """Lengths of the error bars below and above, 0 where the interval does not hold the value."""
-    assert mark.low is not None and mark.high is not None
+    if mark.low is None or mark.high is None:
+        return np.zeros((2, len(mark.y)))
     return np.maximum(np.nan_to_num(np.stack([mark.y - mark.low, mark.high - mark.y])), 0)
 
 
@@ -910,7 +911,8 @@ def _traces(layout: _Layout, panel: _Panel, mark: _Mark, *, gl: bool) -> Iterato
 
 def _band(mark: _Mark) -> Iterator[dict[str, Any]]:
     """The band around a line as closed outlines, one for each stretch without a gap."""
-    assert mark.low is not None and mark.high is not None
+    if mark.low is None or mark.high is None:
+        return
     whole = np.isfinite(mark.x) & np.isfinite(mark.low) & np.isfinite(mark.high)
     x: list[float | None] = []
     y: list[float | None] = []

@@ -7,12 +7,13 @@ all there is to adding one.
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.config import ConfigError, unknown
 
-__all__ = ["Figure", "Finding", "NotApplicable", "Series", "Subject", "analyse", "names"]
+__all__ = ["Figure", "Finding", "NotApplicable", "Series", "Subject", "analyse", "names", "open_subject", "run"]
 
 
 def names() -> tuple[str, ...]:
@@ -27,9 +28,30 @@ def analyse(name: str, subject: Any, **options: Any) -> Finding:
     return importlib.import_module(f"{__name__}.{name}").analyse(subject, **options)
 
 
+def run(
+    subject: Any, only: Sequence[str] | None = None, started: Callable[[str], object] = lambda name: None
+) -> tuple[list[Finding], dict[str, str]]:
+    """The findings of all analyses, or of those in `only`, and why each of the others was not run.
+
+    An analysis that does not apply, or that the data is too small for, costs nothing but itself. `started` is called
+    with the name of each as it begins. Raises ConfigError for an unknown name, before anything is run.
+    """
+    chosen = tuple(only or names())
+    if stray := [name for name in chosen if name not in names()]:
+        raise ConfigError(unknown("analysis", stray[0], names()))
+    findings, skipped = [], {}
+    for name in chosen:
+        started(name)
+        try:
+            findings.append(analyse(name, subject))
+        except (NotApplicable, ValueError) as reason:
+            skipped[name] = str(reason)
+    return findings, skipped
+
+
 def __getattr__(name: str) -> Any:
-    if name == "Subject":
-        return importlib.import_module("jaxwalk.analyses._subject").Subject
+    if name in ("Subject", "open_subject"):
+        return getattr(importlib.import_module("jaxwalk.analyses._subject"), name)
     if name in names():
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

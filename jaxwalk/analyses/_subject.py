@@ -1,16 +1,20 @@
 """What an analysis is handed: a trained model, its untrained self, and the data whose law it learned."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxwalk.transformer import Transformer, plain
+from jaxwalk import checkpoint, text
+from jaxwalk.config import TextData
+from jaxwalk.transformer import Transformer, check_tokens, plain
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,63 @@ class Subject:
     def symbol(self, token: int) -> str:
         """How one token is shown. Untrusted text: escape it where it meets HTML."""
         return str(token) if self.vocabulary is None else self.vocabulary.symbol(int(token))
+
+    @property
+    def title(self) -> str:
+        """What the report is about."""
+        name = self.workdir.resolve().name if self.workdir else "model"
+        return name if self.step is None else f"{name}, step {self.step}"
+
+    def facts(self) -> dict[str, str]:
+        """What the report says about the model and its data."""
+        model = self.model
+        kinds = list(dict.fromkeys(type(layer.aggregate).__name__ for layer in model.layers))
+        facts = {
+            "model": f"{model.depth} layers of {', '.join(kinds) or 'nothing'}, width {model.width}, "
+            f"{model.layers[0].placement if model.layers else 'no'}-norm, at most {model.max_length} tokens",
+            "parameters": f"{sum(a.size for a in jax.tree.leaves(model)):,}",
+            "vocabulary": f"{model.vocab_size} tokens",
+        }
+        if self.world is not None:
+            arguments = ", ".join(f"{k}={v}" for k, v in self.world.params.items())
+            facts["data"] = f"the world {self.world.name}({arguments}), whose path law is known exactly"
+        elif self.store is not None:
+            facts["data"] = f"text, {len(self.store.validation.tokens):,} held-out tokens"
+        return facts
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows of the run's metrics.jsonl; none where there is no such file."""
+        file = None if self.workdir is None else self.workdir / "metrics.jsonl"
+        if file is None or not file.is_file():
+            return []
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def open_subject(
+    folder: str | os.PathLike[str], step: int | Literal["latest", "best"] = "latest", prompt: str | None = None
+) -> Subject:
+    """The subject of a run's folder at one of its kept steps, with its data and its untrained self.
+
+    prompt: text, in symbols of the run's vocabulary. Raises CheckpointError for a step that is not there or cannot
+    be read, ValueError for a prompt that the vocabulary cannot encode or the model cannot walk.
+    """
+    run = checkpoint.Run(folder)
+    model = plain(run.model(step))
+    tokens = None
+    if prompt is not None:
+        tokens = np.asarray(run.vocabulary.encode(prompt))
+        if run.vocabulary.begin is not None:
+            tokens = np.concatenate([[run.vocabulary.begin], tokens])
+        tokens = np.asarray(check_tokens(model, tokens))
+    return Subject(
+        model=model,
+        vocabulary=run.vocabulary,
+        untrained=plain(run.model(0)) if 0 in run.steps else None,
+        world=run.world,
+        store=text.open_store(run.config.data) if isinstance(run.config.data, TextData) else None,
+        prompt=tokens,
+        step=run.resolve(step),
+        series=run.steps,
+        load_step=run.model,
+        workdir=run.folder,
+    )

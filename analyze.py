@@ -1,0 +1,66 @@
+"""Analyse a trained model: python analyze.py runs/mess3 [--only proximity,narrowing] [--prompt "A B A"]
+
+Every finding is printed beside its null or exact reference, and written to the run's folder: analysis/report.html
+(one page, needs no network), findings.json, arrays/*.npz and figures/*.png, *.svg.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, or one step copied from its checkpoints/parameters")
+    parser.add_argument("--step", default="latest", help="a kept step's number, best, latest (default), or all")
+    parser.add_argument("--only", metavar="A,B", help="run these analyses only")
+    parser.add_argument("--prompt", help="a path to look at, in symbols of the run's vocabulary")
+    parser.add_argument("--out", type=Path, help="where to write; by default RUN/analysis (RUN/analysis/STEP for all)")
+    arguments = parser.parse_args()
+    only = [name.strip() for name in arguments.only.split(",")] if arguments.only else None
+    if arguments.step not in ("best", "latest", "all") and not arguments.step.isdigit():
+        parser.error(f"--step: expected a number, best, latest or all, got {arguments.step!r}")
+
+    from jaxwalk.checkpoint import CheckpointError, Run
+    from jaxwalk.config import ConfigError
+
+    try:
+        out = arguments.out or arguments.run / "analysis"
+        if arguments.step == "all":
+            for step in Run(arguments.run).steps:
+                analyse(arguments.run, step, only, arguments.prompt, out / str(step))
+        else:
+            step = int(arguments.step) if arguments.step.isdigit() else arguments.step
+            analyse(arguments.run, step, only, arguments.prompt, out)
+    except (ConfigError, CheckpointError, ValueError) as error:
+        print(f"analyze.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def analyse(run: Path, step: int | str, only: list[str] | None, prompt: str | None, out: Path) -> None:
+    """Run the analyses on one step, print the table and write the report."""
+    from jaxwalk import analyses, report
+
+    def started(name: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{name} ...", end="", file=sys.stderr, flush=True)
+
+    subject = analyses.open_subject(run, step, prompt)
+    findings, skipped = analyses.run(subject, only, started)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    written = report.write(
+        findings, skipped, out, title=subject.title, facts=subject.facts(), training=subject.metrics()
+    )
+    print(report.table(findings, skipped))
+    for notice in written.notices:
+        print(notice)
+    print(f"\nwritten: {written.paths.get('report.html', out)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
