@@ -239,7 +239,7 @@ def make_call(
         count = jnp.maximum(count, 1)
         mean = jax.tree.map(lambda g: g / count, sums)
         updates, moments = update.update(mean, state.optimizer, state.model)
-        metrics = {"loss": total / count, "grad_norm": optax.global_norm(mean)}
+        metrics = {"loss": total / count, "grad_norm": optax.tree.norm(mean)}
         return State(optax.apply_updates(state.model, updates), moments), metrics
 
     def call(leaves: list[Array], inputs: Any) -> tuple[list[Array], dict[str, Array]]:
@@ -377,16 +377,12 @@ class _Metrics:
         self.config, self.file, self.rate = config, file, rate
         self.windows: list[list[tuple[int, dict[str, Array]]]] = [[]]
         self.last_good = resumed
-        self.restart()
+        self.clock = time.perf_counter()
         rows = [json.loads(row) for row in file.read_text("utf-8").splitlines()] if file.exists() else []
         if jax.process_index() == 0:
             # What was logged after the step that training goes on from will be logged again.
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= resumed]
             file.write_text("".join(kept), "utf-8")
-
-    def restart(self) -> None:
-        """Start the clock: what went before (compilation, an evaluation) is no part of the next window."""
-        self.clock = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, Array]) -> None:
         """The metrics of a call whose first step is `step`."""
@@ -400,20 +396,38 @@ class _Metrics:
         self.windows = self.windows[len(ready) :]
         return [self._row(window) for window in ready]
 
-    def _row(self, window: list[tuple[int, dict[str, Array]]]) -> dict[str, float]:
+    def check(self) -> None:
+        """Wait for all that has been dispatched. Raises TrainingDiverged if any of it is not finite."""
+        for window in self.windows:
+            self._values(window)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out of the rates."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def _values(self, window: Sequence[tuple[int, dict[str, Array]]]) -> tuple[np.ndarray, np.ndarray]:
+        """Losses and gradient norms of a window's steps."""
+        if not window:
+            return np.zeros(0), np.zeros(0)
         fetched = jax.device_get([metrics for _, metrics in window])
+        losses, norms = (np.concatenate([m[name] for m in fetched]) for name in ("loss", "grad_norm"))
+        bad = ~(np.isfinite(losses) & np.isfinite(norms))
+        if bad.any():
+            first = int(bad.argmax())
+            raise TrainingDiverged(
+                f"the loss at step {window[0][0] + first} is {losses[first]} (gradient norm {norms[first]}). The last "
+                f"good checkpoint is step {self.last_good}. Lower --optim.lr, clip harder, or warm up longer."
+            )
+        return losses, norms
+
+    def _row(self, window: Sequence[tuple[int, dict[str, Array]]]) -> dict[str, float]:
+        losses, norms = self._values(window)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        first = window[0][0]
-        losses, norms = (np.concatenate([m[name] for m in fetched]) for name in ("loss", "grad_norm"))
-        bad = ~np.isfinite(losses) | ~np.isfinite(norms)
-        if bad.any():
-            step = first + int(bad.argmax())
-            raise TrainingDiverged(
-                f"the loss at step {step} is {losses[bad.argmax()]} (gradient norm {norms[bad.argmax()]}). The last good "
-                f"checkpoint is step {self.last_good}. Lower --optim.lr, clip harder, or warm up longer."
-            )
-        last = first + len(losses)
+        last = window[0][0] + len(losses)
         tokens = len(losses) * self.config.batch_size * self.config.model.max_length
         return {
             "step": last,
@@ -486,26 +500,32 @@ def train(
                 )
 
         def save(resumable: bool) -> dict[str, float]:
-            """Evaluate and save this step. The metrics so far are fetched first, so no NaN is ever saved."""
-            report(metrics.fetch(everything=True))
-            state = jax.tree.unflatten(structure, leaves)
-            scores = evaluate(jax.tree.leaves(state.model))
-            metrics.write({"step": step, **scores})
-            progress.line(f"step {step:>6}/{config.steps}  {_readable(scores)}")
-            if keep:
-                checkpoints.save(step, state.model, scores["eval_loss"], state if resumable else None)
-                metrics.last_good = step
-            metrics.restart()
+            """Evaluate this step, and save it if it is to be kept; checked first, so that no NaN is ever saved."""
+            metrics.check()
+            if step % config.log_every == 0:
+                report(metrics.fetch(everything=True))
+            with metrics.paused():
+                state = jax.tree.unflatten(structure, leaves)
+                scores = evaluate(jax.tree.leaves(state.model))
+                metrics.write({"step": step, **scores})
+                progress.line(f"step {step:>6}/{config.steps}  {_readable(scores)}")
+                if keep:
+                    checkpoints.save(step, state.model, scores["eval_loss"], state if resumable else None)
+                    metrics.last_good = step
             return scores
 
-        keep = True
-        scores: dict[str, float] = save(resumable=True) if step == 0 else {}
-        while step < config.steps:
-            inputs = jax.tree.map(
+        def inputs_of(step: int) -> Any:
+            return jax.tree.map(
                 lambda a: _place(a, NamedSharding(mesh, PartitionSpec(*(None, "data")[: np.ndim(a)]))),
                 batches.inputs(step, config.steps_per_call),
             )
-            leaves, reported = call(leaves, inputs)
+
+        keep = True
+        scores: dict[str, float] = save(resumable=True) if step == 0 else {}
+        compiled = call.lower(leaves, inputs_of(step)).compile()
+        metrics.clock = time.perf_counter()
+        while step < config.steps:
+            leaves, reported = compiled(leaves, inputs_of(step))
             metrics.add(step, reported)
             step += config.steps_per_call
             progress.bar(step)
@@ -517,12 +537,13 @@ def train(
             if keep or step % config.eval_every == 0:
                 scores = save(resumable)
             if config.sample_every and step % config.sample_every == 0:
-                progress.line(_sample(config, batches, jax.tree.unflatten(structure, leaves).model, step))
-                metrics.restart()
+                with metrics.paused():
+                    progress.line(_sample(config, batches, jax.tree.unflatten(structure, leaves).model, step))
             if stopping and step < config.steps:
                 checkpoints.close()
                 progress.line(f"stopped at step {step}, and saved. To go on: the same command with --resume")
                 return scores
+        report(metrics.fetch(everything=True))
     progress.line(f"done: {workdir}. To analyse it: python analyze.py {workdir}")
     return scores
 

@@ -42,7 +42,8 @@ def small(**changes) -> TrainConfig:
             max_length=8,
             width=16,
             depth=1,
-            aggregate=jw.aggregates.config("attention", heads=2),
+            # No key bias: its true gradient is 0, and AdamW makes whole steps of what rounding leaves of it.
+            aggregate=jw.aggregates.config("attention", heads=2, bias=False),
             filter=MLPConfig(hidden=32),
         ),
         optim=OptimConfig(lr=1e-2, warmup=5),
@@ -349,11 +350,22 @@ def leaves_of(workdir: Path, step: int) -> list[np.ndarray]:
     return [np.asarray(a) for a in jax.tree.leaves(jw.load(workdir, step=step)[0])]
 
 
+STEPS = ("--steps", "400")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> list[np.ndarray]:
+    """The parameters of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = launch(folder, "run", *STEPS)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
+    return leaves_of(folder / "run", 400)
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, how):
-    steps = ("--steps", "400")
-    whole = launch(tmp_path, "whole", *steps)
-    stopped = launch(tmp_path, "stopped", *steps)
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, whole, how):
+    stopped = launch(tmp_path, "stopped", *STEPS)
     wait_for_step(stopped, 60)
     stopped.send_signal(how)
     printed = stopped.stdout.read()
@@ -366,13 +378,11 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, how):
     saved = max(int(p.name) for p in (tmp_path / "stopped" / "checkpoints" / "state").iterdir() if p.name.isdigit())
     assert 0 < saved < 400, "it was stopped on its way"
 
-    resumed = launch(tmp_path, "stopped", *steps, "--resume")
+    resumed = launch(tmp_path, "stopped", *STEPS, "--resume")
     printed = resumed.communicate(timeout=120)[0]
     assert resumed.returncode == 0, printed
     assert re.search(r"resumed from step \d+", printed)
-    printed = whole.communicate(timeout=120)[0]
-    assert whole.returncode == 0, printed
-    for a, b in zip(leaves_of(tmp_path / "whole", 400), leaves_of(tmp_path / "stopped", 400), strict=True):
+    for a, b in zip(whole, leaves_of(tmp_path / "stopped", 400), strict=True):
         np.testing.assert_array_equal(a, b)
     steps_logged = [
         r["step"]
@@ -386,7 +396,7 @@ def test_config_files_and_flags(tmp_path):
     bad = {
         ("--modle.depth", "3"): "model.depth",
         ("--optim.lr", "fast"): "could not convert",
-        ("--steps", "7"): "multiple of steps_per_call",
+        ("--steps", "7"): "multiple",
     }
     for options, message in bad.items():
         process = launch(tmp_path, "bad", *options)

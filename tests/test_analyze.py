@@ -1,0 +1,114 @@
+"""The command line of analysis: what a user types, and what they find in the folder."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxwalk as jw
+from jaxwalk import training
+from jaxwalk.analyses import Finding
+from tests.test_training import small
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("run") / "small"
+    training.train(small(), workdir, out=io.StringIO())
+    return workdir
+
+
+def analyze(*arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "COLUMNS": "100"}
+    command = [sys.executable, str(ROOT / "analyze.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def test_one_analysis_with_a_prompt_and_all_that_is_written(run):
+    done = analyze(run, "--only", "path_law,prompt", "--prompt", "0 1 0")
+    assert done.returncode == 0, done.stderr
+    assert "excess_loss" in done.stdout
+    folder = run / "analysis"
+    findings = json.loads((folder / "findings.json").read_text())
+    assert [f["name"] for f in findings] == ["path_law", "prompt"]
+    assert findings[0]["measured"]["excess_loss"] > 0
+    assert all(f["null"] and f["conventions"] and f["verdict"] for f in findings)
+    for finding in findings:
+        with np.load(folder / "arrays" / f"{finding['name']}.npz") as arrays:
+            assert arrays.files
+    figures = {f.stem for f in (folder / "figures").glob("*.png")}
+    assert figures
+    assert figures == {f.stem for f in (folder / "figures").glob("*.svg")}
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["']?https?://""", page)
+    assert str(folder / "report.html") in done.stdout
+
+
+def test_what_does_not_apply_says_why_and_the_rest_runs(run, tmp_path):
+    done = analyze(run, "--only", "prompt,path_law", "--step", "0", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"not run\n\s+prompt: .*prompt", done.stdout)
+    assert [f["name"] for f in json.loads((tmp_path / "out" / "findings.json").read_text())] == ["path_law"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "path_lww"), "Did you mean 'path_law'"),
+        (("--step", "13"), "expected one of 0, "),
+        (("--step", "last"), "expected a number, best, latest or all"),
+        (("--prompt", "0 2"), "'2'"),
+        (("--prompt", ""), "empty prompt"),
+    ],
+)
+def test_bad_input(run, arguments, message):
+    done = analyze(run, *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_without_a_run(tmp_path):
+    done = analyze(tmp_path)
+    assert done.returncode == 1
+    assert "expected a run's folder" in done.stderr
+
+
+def test_help_is_quick():
+    """Within half a second of a bare import of numpy: jax, flax and datasets are not imported for it."""
+
+    def seconds(*command: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=ROOT)
+        return time.perf_counter() - start
+
+    numpy = min(seconds("-c", "import numpy") for _ in range(3))
+    for script in ("train.py", "analyze.py"):
+        assert min(seconds(script, "--help") for _ in range(3)) < numpy + 0.5
+
+
+def test_a_finding_needs_a_null():
+    with pytest.raises(ValueError, match="expected a null"):
+        Finding("x", "c", {"a": 1.0}, {}, {}, {})
+    with pytest.raises(ValueError, match="intervals of what was not measured: b"):
+        Finding("x", "c", {"a": 1.0}, {"b": (0, 1)}, {"n": 0.0}, {})
+
+
+def test_findings_of_a_step_of_a_series(run):
+    subject = jw.analyses.open_subject(run)
+    assert subject.series[0] == 0
+    assert subject.at_step(0).step == 0
+    with pytest.raises(ValueError, match="expected one of"):
+        subject.at_step(3)
+    paths = subject.paths(5)
+    assert paths.shape == (5, 8)
+    np.testing.assert_array_equal(paths, subject.paths(5))
