@@ -16,10 +16,8 @@ Neither plotting library is needed to import this file, nor for the table, the J
 
 import base64
 import contextlib
-import dataclasses
 import hashlib
 import html
-
 import itertools
 import json
 import math
@@ -97,7 +95,7 @@ def _plain(value: Any) -> Any:
 # The terminal.
 
 
-def table(findings: Iterable[Finding], skipped: Mapping[str, str] = {}, *, width: int | None = None) -> str:  # noqa: B006
+def table(findings: Iterable[Finding], skipped: Mapping[str, str] = {}, *, width: int | None = None) -> str:
     """The findings as text: each claim and verdict, then every number with its interval and what it is held against.
 
     skipped: analysis -> why it was not run. width: columns of the terminal, by default its own.
@@ -314,9 +312,15 @@ class _Axis:
     reverse: bool = False
     drawn: bool = True
 
-    def thinned(self, most: int) -> tuple[tuple[float, str], ...]:
-        ticks = self.ticks or ()
-        return ticks[:: max(1, math.ceil(len(ticks) / most))]
+    def shown(self, most: int) -> list[tuple[float, str]]:
+        """At most so many of the ticks, evenly, their names cut where they are long."""
+        ticks = [(at, _visible(name)) for at, name in self.ticks or ()]
+        ticks = ticks[:: max(1, math.ceil(len(ticks) / most))]
+        return [(at, name if len(name) <= 16 else f"{name[:15]}…") for at, name in ticks]
+
+    @property
+    def decades(self) -> float:
+        return math.log10(self.high / self.low)
 
 
 @dataclass
@@ -399,7 +403,7 @@ def _lay_out(figure: Figure, arrays: Mapping[str, np.ndarray]) -> _Layout:
     ]
     shades = [m.y for m in marks] if heat else [m.colour for m in marks if m.colour is not None and m.colour.ndim == 1]
     shown = np.concatenate([np.ravel(s)[np.isfinite(np.ravel(s))] for s in shades]) if shades else np.zeros(0)
-    colours = (float(shown.min()), float(shown.max())) if shown.size else ((0.0, 1.0) if shades else None)
+    colours = (float(np.min(shown)), float(np.max(shown))) if shown.size else ((0.0, 1.0) if shades else None)
     diverging = colours is not None and colours[0] < 0 < colours[1]
     if colours and diverging:
         colours = (-max(-colours[0], colours[1]), max(-colours[0], colours[1]))
@@ -520,7 +524,7 @@ def _logarithmic_x(axis: _Axis, marks: list[_Mark], notes: list[str]) -> None:
     values = np.concatenate([m.x for m in marks]) if marks else np.zeros(0)
     positive = values[np.isfinite(values) & (values > 0)]
     if np.any(values == 0) and positive.size:
-        least, most = float(positive.min()), float(positive.max())
+        least, most = float(np.min(positive)), float(np.max(positive))
         place = least / max(2.0, (most / least) ** 0.12)
         decades = range(math.ceil(math.log10(least) - 1e-9), math.floor(math.log10(most) + 1e-9) + 1)
         steps = [10.0**d for d in decades] if len(decades) > 1 else sorted({least, *(10.0**d for d in decades), most})
@@ -536,7 +540,7 @@ def _logarithmic_y(marks: list[_Mark], notes: list[str]) -> None:
     """What is not positive is not drawn, and said so; a band that reaches below is cut at half of the least y."""
     positive = np.concatenate([m.y for m in marks])
     positive = positive[np.isfinite(positive) & (positive > 0)]
-    floor = float(positive.min()) / 2 if positive.size else 1.0
+    floor = float(np.min(positive)) / 2 if positive.size else 1.0
     lost = sum(int(np.sum(m.y <= 0)) for m in marks)
     if lost:
         notes.append(f"Not drawn on the logarithmic axis: {lost} value{'s' if lost > 1 else ''} at or below 0.")
@@ -571,7 +575,7 @@ def _colours(mark: _Mark) -> list[str] | None:
     if mark.colour is None or mark.colour.ndim == 1:
         return None
     rgb = np.nan_to_num(np.clip(mark.colour, 0, 1), nan=0.5)
-    return ["#%02x%02x%02x" % tuple(row) for row in np.round(255 * rgb).astype(int).tolist()]
+    return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.round(255 * rgb).astype(int).tolist()]
 
 
 def _cell_text(mark: _Mark) -> np.ndarray | None:
@@ -586,7 +590,7 @@ def _cell_text(mark: _Mark) -> np.ndarray | None:
 # Paper: matplotlib, without pyplot and so without windows or global state.
 
 _INK = "#24292f"
-_PAPER = {
+_PAPER: Any = {
     "text.parse_math": False,  # a token may hold dollar signs
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
@@ -644,7 +648,7 @@ def _paper(layout: _Layout) -> Any:
     width, height = _paper_size(layout, columns)
     canvas = Canvas(figsize=(width, 0), layout="constrained")
     FigureCanvasAgg(canvas)
-    title = textwrap.fill(text(layout.figure.title), int(width * 13))
+    title = textwrap.fill(text(layout.figure.title), int(width * 10.5))
     canvas.set_size_inches(width, rows * height + 0.22 * (title.count("\n") + 1) + 0.2)
     canvas.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
     every = canvas.subplots(rows, columns, squeeze=False).ravel()
@@ -652,7 +656,7 @@ def _paper(layout: _Layout) -> Any:
         axes.set_axis_off()
     handles: dict[int, Any] = {}
     shade = None
-    for axes, panel in zip(every, layout.panels, strict=False):
+    for k, (axes, panel) in enumerate(zip(every, layout.panels, strict=False)):
         if panel.title and len(layout.panels) > 1:
             axes.set_title(textwrap.fill(text(panel.title), max(20, int(width * 15 / columns))), fontsize=9)
         for mark in panel.marks:
@@ -661,6 +665,9 @@ def _paper(layout: _Layout) -> Any:
             if mark.series.style == "heatmap" or (mark.colour is not None and mark.colour.ndim == 1):
                 shade = handle
         _paper_axes(axes, panel, layout, text, width / columns)
+        if not layout.heat:  # the panels share their axes: name them once
+            axes.xaxis.label.set_visible(k + columns >= len(layout.panels))
+            axes.yaxis.label.set_visible(k % columns == 0)
         for _, y, hue, broken in layout.references:
             axes.axhline(y, color=hue, linewidth=1.2, linestyle=(0, _BREAKS[broken % len(_BREAKS)][0]), zorder=1.5)
     keys = [(handles[id(m)], text(m.series.label)) for m in layout.keyed]
@@ -775,13 +782,13 @@ def _paper_axes(axes: Any, panel: _Panel, layout: _Layout, text: Callable[[objec
     ):
         if axis.log:
             scale("log")
-            side.set_major_locator(LogLocator(numticks=8))
+            side.set_major_locator(LogLocator(subs=(1, 2, 5) if axis.decades < 2 else (1,), numticks=8))
             side.set_major_formatter(FuncFormatter(lambda v, _: _number(v)))
             side.set_minor_formatter(NullFormatter())
         elif axis.whole:
             side.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
         if axis.ticks is not None:
-            ticks = axis.thinned(32 if inches > 5 else 16)
+            ticks = axis.shown(32 if inches > 5 else 16)
             labels = [text(label) for _, label in ticks]
             side.set_ticks([p for p, _ in ticks], labels)
             side.set_tick_params(which="minor", length=0)
@@ -967,12 +974,12 @@ def _page_layout(layout: _Layout, *, narrow: bool) -> dict[str, Any]:
     rows = math.ceil(n / columns)
     bare = not (layout.panels[0].x.drawn or layout.panels[0].y.drawn)
     gap_x = 0.03 if bare else (0.12 if layout.heat else 0.07)
-    gap_y = (0.10 if bare else 0.24) / max(1, rows - 1) if rows > 1 else 0.0
-    titled = n > 1
+    gap_y = (0.12 if bare else 0.3) / rows if rows > 1 else 0.0
+    titled, keyed = n > 1, bool(layout.keyed or layout.references)
     aspect = None
     if layout.figure.equal_aspect and not layout.heat:
-        x, y = layout.panels[0].x, layout.panels[0].y
-        aspect = float(np.clip((y.high - y.low) / (x.high - x.low), 0.3, 1.6))
+        first = layout.panels[0]
+        aspect = float(np.clip((first.y.high - first.y.low) / (first.x.high - first.x.low), 0.3, 1.6))
     height: float = 300 if n > 1 else (320 if narrow else 380)
     if layout.heat:
         most = max(len(m.y) for p in layout.panels for m in p.marks)
@@ -984,7 +991,12 @@ def _page_layout(layout: _Layout, *, narrow: bool) -> dict[str, Any]:
         "hovermode": "closest",
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 8 if bare else 12, "r": 12, "t": 30 if titled else 12, "b": 10, "pad": 0},
+        "margin": {
+            "l": 8 if bare else 12,
+            "r": 12,
+            "t": (30 if titled else 12) + (26 if keyed and titled else 0),
+            "b": 10,
+        },
         "legend": {
             "orientation": "h",
             "x": 0,
@@ -993,11 +1005,11 @@ def _page_layout(layout: _Layout, *, narrow: bool) -> dict[str, Any]:
             "yanchor": "bottom",
             "itemsizing": "constant",
         },
-        "showlegend": bool(layout.keyed or layout.references),
+        "showlegend": keyed,
         "annotations": [],
     }
     if titled:
-        result["legend"] |= {"y": -0.02 if bare else -0.2, "yanchor": "top"}
+        result["legend"] |= {"yref": "container", "y": 1, "yanchor": "top"}
     across, down = (1 - gap_x * (columns - 1)) / columns, (1 - gap_y * (rows - 1)) / rows
     for k, panel in enumerate(layout.panels):
         row, column = divmod(k, columns)
@@ -1073,9 +1085,12 @@ def _page_axis(axis: _Axis, most: int) -> dict[str, Any]:
         "visible": axis.drawn,
     }
     if axis.log:
-        result |= {"dtick": 1, "exponentformat": "power"}
+        result |= {
+            "dtick": "D2" if axis.decades < 2 else max(1, math.ceil(axis.decades / 8)),
+            "exponentformat": "power",
+        }
     if axis.ticks is not None:
-        ticks = axis.thinned(most)
+        ticks = axis.shown(most)
         result |= {"tickvals": [p for p, _ in ticks], "ticktext": [_pseudo(t) for _, t in ticks]}
         result |= {"showgrid": not axis.named}
     elif axis.whole:
@@ -1099,14 +1114,16 @@ body { margin: 0; background: var(--page); color: var(--ink); overflow-wrap: bre
 body > * { max-width: 1120px; margin-inline: auto; padding-inline: 20px; }
 h1, h2, h3 { line-height: 1.25; text-wrap: balance; margin: 0; }
 h1 { font-size: 1.75rem; letter-spacing: -.015em; }
-h2 { font-size: 1.25rem; letter-spacing: -.01em; }
+h2, h2.name { font-size: 1.25rem; letter-spacing: -.01em; font-weight: 700; }
 p { margin: .5em 0; text-wrap: pretty; }
-a { color: var(--accent); text-underline-offset: .18em; }
-code, .name { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .92em; }
+a { color: var(--accent); text-underline-offset: .3em; text-decoration-thickness: 1px; }
+code, .name { font-size: .92em;
+  font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 td, th, dd, dt, figcaption, .token { unicode-bidi: isolate; }
 header { padding-block: 22px 14px; }
 header .brand { color: var(--soft); font-size: .88rem; margin: 0 0 4px; }
-.card { background: var(--card); border: 1px solid var(--edge); border-radius: 12px; padding: 20px 24px; margin-block: 0 18px; }
+.card { background: var(--card); border: 1px solid var(--edge); border-radius: 12px; padding: 20px 24px;
+  margin-block: 0 18px; }
 main > section, main > figure { scroll-margin-top: 12px; }
 figure { margin: 18px 0 0; }
 figure.card { margin: 0 0 18px; }
@@ -1114,23 +1131,26 @@ figcaption { font-weight: 600; margin-bottom: 6px; text-wrap: pretty; }
 #picture figcaption { font-size: 1.2rem; line-height: 1.35; margin-bottom: 10px; }
 .plot { position: relative; width: 100%; min-height: 180px; }
 .note { color: var(--soft); font-size: .88rem; }
-.verdict { border-left: 4px solid var(--accent); background: var(--wash); padding: 10px 14px; border-radius: 0 8px 8px 0;
-  margin: 12px 0 16px; font-weight: 500; }
+.verdict { border-left: 4px solid var(--accent); background: var(--wash); padding: 10px 14px;
+  border-radius: 0 8px 8px 0; margin: 12px 0 16px; font-weight: 500; }
+#picture .verdict { margin-bottom: 0; }
 .claim { color: var(--soft); margin-top: 6px; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .95rem; }
-th { text-align: left; font-weight: 600; color: var(--soft); font-size: .82rem; padding: 4px 14px 4px 0; vertical-align: bottom; }
+th { text-align: left; font-weight: 600; color: var(--soft); font-size: .82rem; padding: 4px 14px 4px 0;
+  vertical-align: bottom; }
 td { padding: 7px 14px 7px 0; border-top: 1px solid var(--edge); vertical-align: top; }
 .numbers { width: auto; min-width: min(100%, 560px); }
 .numbers td + td, .numbers th + th { text-align: right; white-space: nowrap; padding-left: 14px; }
 .numbers .null td { color: var(--soft); }
-.numbers .null .vs, .against .vs { font-size: .78rem; border: 1px dashed #808080; border-radius: 4px; padding: 0 4px; margin-right: 7px; }
+.vs { font-size: .78rem; border: 1px dashed #808080; border-radius: 4px; padding: 0 4px; margin-right: 7px; }
 .numbers tr:not(.null) td:nth-child(2) { font-weight: 600; }
 .against div { padding-bottom: 3px; }
 .against b { font-weight: 600; white-space: nowrap; }
 details { margin-top: 14px; }
 summary { cursor: pointer; color: var(--soft); font-size: .92rem; }
-dl { display: grid; grid-template-columns: minmax(7em, max-content) 1fr; gap: 4px 18px; margin: 10px 0 0; font-size: .92rem; }
+dl { display: grid; grid-template-columns: minmax(7em, max-content) 1fr; gap: 4px 18px; margin: 10px 0 0;
+  font-size: .92rem; }
 dt { color: var(--soft); }
 dd { margin: 0; min-width: 0; }
 .facts dl { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 12px 22px; margin-top: 12px; }
@@ -1181,8 +1201,9 @@ _SCRIPT = """
     layout.width = width;
     const panel = (width - 20 - (bare ? 0 : 60)) * (1 - gap * (columns - 1)) / columns;
     const tall = aspect ? Math.min(panel * aspect, 560) : height;
-    layout.height = Math.round(rows * tall + (rows - 1) * 40 + (columns * rows > 1 ? 34 : 14) + (bare ? 8 : aspect ? 60 : 0));
-    layout.font = { family: style.fontFamily || getComputedStyle(document.body).fontFamily, size: 12.5, color: soft };
+    layout.height = Math.round(rows * tall + (bare ? 8 : aspect ? 60 : 0) + layout.margin.t + (rows - 1) * 24);
+    layout.font = { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: soft };
+    layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink };
     layout.hoverlabel = { bgcolor: card, bordercolor: edge, font: { color: ink }, align: "left" };
     layout.legend.font = { color: ink, size: 12.5 };
     layout.annotations.forEach((a) => { a.font.color = ink; });
@@ -1190,7 +1211,9 @@ _SCRIPT = """
     const data = webgl ? spec.data : spec.data.map((t) => t.type === "scattergl" ? { ...t, type: "scatter" } : t);
     drawn.set(place, width);
     Plotly.react(place, data, layout, { displaylogo: false, displayModeBar: touch ? false : "hover",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], scrollZoom: false, responsive: false,
+      // Named one by one: by default there is one that sends the figure to plotly's cloud.
+      modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]], plotlyServerURL: "", scrollZoom: false,
+      responsive: false,
       toImageButtonOptions: { filename: place.dataset.file, scale: 2 }, doubleClick: "reset" })
       .catch((error) => { place.textContent = "This figure could not be drawn here: " + error; });
   }
@@ -1278,23 +1301,27 @@ def _page(
         items = "".join(f"<li>{_html(n)}</li>" for n in notices)
         body.append(f'<section class="card problem"><h2>Left out of this report</h2><ul>{items}</ul></section>')
     body.append(
-        "</main><footer><p>The numbers of this page are in <code>findings.json</code> beside it, what the figures show in "
-        "<code>arrays/</code>, and the figures for print in <code>figures/</code>. Claims: S. S. Singh, Analyzing "
+        "</main><footer><p>The numbers of this page are in <code>findings.json</code> beside it, what the figures show "
+        "in <code>arrays/</code>, and the figures for print in <code>figures/</code>. Claims: S. S. Singh, Analyzing "
         "Transformer Dynamics as Movement through Embedding Space, arXiv 2308.10874.</p></footer>"
     )
     # "<" never appears in the data, so no text in it can end its element or start another.
     data = json.dumps(specs, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in (library, _SCRIPT)
+    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in (library, _SCRIPT)]
+    allowed = " ".join(f"'sha256-{h}'" for h in hashes)
+    # Nothing is loaded, and no script runs but these two. (Plotly compiles what it draws with WebGL: unsafe-eval.)
+    policy = (
+        f"default-src 'none'; script-src 'unsafe-eval' {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
     )
-    policy = f"default-src 'none'; script-src 'unsafe-eval' {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_html(title)} - jaxwalk</title><style>{_STYLE}</style></head><body>"
         f"{''.join(body)}"
-        '<noscript><p class="problem">The figures of this page need JavaScript; figures/ beside it has them as images.</p></noscript>'
+        '<noscript><p class="problem">The figures of this page need JavaScript. The folder figures/ beside it has them '
+        "as images.</p></noscript>"
         f'<script type="application/json" id="figures">{data}</script>'
         f"<script>{library}</script><script>{_SCRIPT}</script></body></html>\n"
     )
@@ -1314,7 +1341,11 @@ def _opening_text(plot: _Plot) -> str:
 
 
 def _against(finding: Finding) -> str:
-    pairs = (f'<div><span class="vs">vs</span>{_html(k)} <b>{_number(v)}</b></div>' for k, v in finding.null.items())
+    """The first few references, which an analysis gives in the order of their weight; all are in its own section."""
+    shown = list(finding.null.items())[:4]
+    pairs = [f'<div><span class="vs">vs</span>{_html(k)} <b>{_number(v)}</b></div>' for k, v in shown]
+    if more := len(finding.null) - len(shown):
+        pairs.append(f"<div>and {more} more, below</div>")
     return "".join(pairs)
 
 
@@ -1355,6 +1386,6 @@ def _section(n: int, finding: Finding, figures: str) -> str:
     return (
         f'<section class="card" id="finding-{n}"><h2 class="name">{_html(finding.name)}</h2>'
         f'<p class="claim">{_html(finding.claim)}</p>{verdict}'
-        f'<div class="scroll"><table class="numbers"><thead><tr><th>Measured</th><th>Value</th><th>95% interval</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{figures}{details}</section>"
+        '<div class="scroll"><table class="numbers"><thead><tr><th>Measured</th><th>Value</th><th>95% interval</th>'
+        f"</tr></thead><tbody>{rows}</tbody></table></div>{figures}{details}</section>"
     )

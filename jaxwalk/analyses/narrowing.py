@@ -73,19 +73,21 @@ def analyse(
     entropies = _enumerated_entropies if exact else functools.partial(_sampled_entropies, seed=subject.seed)
     entropy = entropies(model, world, given, steps)
     entropy["shuffled"] = entropies(model, world, shuffled, steps)["model"]
-    observed = {"model": observe(model, world, rows)}
+    laws = {"model": model}
     if untrained is not None:
+        laws["untrained"] = untrained
         entropy["untrained"] = entropies(untrained, world, given, steps)["model"]
-        observed["untrained"] = observe(untrained, world, rows)
-    next_entropy, shuffle_cost = {}, {}
-    for name, of in (("model", model), ("untrained", untrained)):
-        if of is not None:
-            true = Steps(*(x[: len(some)] for x in observed[name]))
-            order_lost = observe(of, world, np.concatenate(list(shuffled.values())))
-            next_entropy[name] = _at(true.entropy, lengths)
-            if name == "model":
-                next_entropy["shuffled"] = _at(order_lost.entropy, lengths)
-            shuffle_cost[name] = _shuffle_cost(true, order_lost, lengths, steps)
+    observed = {name: observe(law, world, rows) for name, law in laws.items()}
+    next_entropy: dict[str, np.ndarray] = {}
+    shuffle_cost: dict[str, np.ndarray] = {}
+    for name in observed:
+        true, lost = observed[name], observe(laws[name], world, np.concatenate(list(shuffled.values())))
+        next_entropy[name] = _at([true.entropy[: len(some)]] * len(lengths), lengths)
+        if name == "model":
+            next_entropy["shuffled"] = _at(np.split(lost.entropy, len(lengths)), lengths)
+        shuffle_cost[name] = _shuffle_cost(
+            true.log_prob[: len(some)], np.split(lost.log_prob, len(lengths)), lengths, steps
+        )
     kl = {name: s.kl for name, s in observed.items()}
     ideal, ideal_is = (np.zeros(T), "") if world is None else _ideal_loss(world, observed["model"].world_entropy)
     chain_rule_error, chain_rule_nulls = _chain_rule(model, world, some[:16], lengths)
@@ -245,7 +247,9 @@ def _enumerated_entropies(
         log_prob, entropy = (x.reshape(*rows.shape[:3], length - 1) for x in fields)
         found[name] = np.stack(
             [
-                np.sum(np.exp(log_prob[i, ..., at : at + steps - 1].sum(-1)) * entropy[i, ..., at : at + steps].sum(-1), -1)
+                np.sum(
+                    np.exp(log_prob[i, ..., at : at + steps - 1].sum(-1)) * entropy[i, ..., at : at + steps].sum(-1), -1
+                )
                 for i, at in enumerate(cut - 1 for cut in contexts)
             ],
             axis=1,
@@ -319,10 +323,20 @@ def _chain_rule(
     return float(np.max(errors)), {"exact": 0.0, "rounding": rounding, "other_context": float(np.mean(changes))}
 
 
-def _at(field: Float[np.ndarray, "n T"], lengths: list[int]) -> Float[np.ndarray, "m lengths"]:
-    """A field of the law after each context, from paths in true order [n, T] or from one block of paths a length."""
-    blocks = [field] * len(lengths) if len(field) % len(lengths) else np.split(field, len(lengths))
-    return np.stack([block[:, cut - 1] for block, cut in zip(blocks, lengths, strict=True)], axis=1)
+def _at(fields: list[np.ndarray], lengths: list[int]) -> Float[np.ndarray, "n lengths"]:
+    """A field of the law right after each context, from one array [n, T] for each length."""
+    return np.stack([field[:, cut - 1] for field, cut in zip(fields, lengths, strict=True)], axis=1)
+
+
+def _shuffle_cost(
+    true: Float[np.ndarray, "n T"], lost: list[np.ndarray], lengths: list[int], steps: int
+) -> Float[np.ndarray, "n longer"]:
+    """What shuffling the context costs the next `steps` true tokens, in nats per token, for lengths above 1."""
+    after = {cut: slice(cut - 1, cut - 1 + steps) for cut in lengths}
+    costs = [
+        (true[:, after[cut]] - x[:, after[cut]]).mean(axis=1) for x, cut in zip(lost, lengths, strict=True) if cut > 1
+    ]
+    return np.stack(costs, axis=1) if costs else np.zeros((len(true), 0))
 
 
 def _ideal_loss(world: Any, entropy: Float[np.ndarray, "n T"]) -> tuple[Float[np.ndarray, " T"], str]:

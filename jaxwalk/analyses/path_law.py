@@ -176,9 +176,7 @@ def batch_size(model: Transformer, length: int) -> int:
     return 1 << max(0, min(256, (1 << 22) // (length * widest)).bit_length() - 1)
 
 
-def in_batches(
-    function: Callable[..., Any], batch: int, *per_path: np.ndarray
-) -> Any:
+def in_batches(function: Callable[..., Any], batch: int, *per_path: np.ndarray) -> Any:
     """`function` of arrays with paths as first axis, over batches of one shape; results in float64 on the host."""
     parts = []
     for together in zip(*(batches(a, batch) for a in per_path), strict=True):
@@ -207,12 +205,14 @@ class _Parts:
     verdict: str = ""
 
     def joined(self, other: "_Parts") -> "_Parts":
-        return _Parts(*(
-            getattr(self, f.name) | getattr(other, f.name)
-            if isinstance(getattr(self, f.name), dict)
-            else getattr(self, f.name) + getattr(other, f.name)
-            for f in dataclasses.fields(self)
-        ))
+        return _Parts(
+            *(
+                getattr(self, f.name) | getattr(other, f.name)
+                if isinstance(getattr(self, f.name), dict)
+                else getattr(self, f.name) + getattr(other, f.name)
+                for f in dataclasses.fields(self)
+            )
+        )
 
 
 # Against a world.
@@ -275,7 +275,12 @@ def _on_world(
 
 
 def _against(null: dict[str, float], unit: str) -> str:
-    names = {"untrained": "untrained", "ngram": "the best n-gram model", "unigram": "unigram", "uniform": "the uniform law"}
+    names = {
+        "untrained": "untrained",
+        "ngram": "the best n-gram model",
+        "unigram": "unigram",
+        "uniform": "the uniform law",
+    }
     return " (" + ", ".join(f"{text} {null[k]:.3g}" for k, text in names.items() if k in null) + f" {unit})."
 
 
@@ -288,7 +293,9 @@ def _position_figure(by_position: dict[str, np.ndarray], what: str, title: str) 
         x_label="tokens given",
         y_label="E KL(world ‖ model), nats" if what == "kl" else "loss, nats per token",
         series=tuple(
-            Series(label[name], f"{what}_{name}", "position", dashed=name != "model", **(band if name == "model" else {}))
+            Series(
+                label[name], f"{what}_{name}", "position", dashed=name != "model", **(band if name == "model" else {})
+            )
             for name in by_position
         ),
         log_y=what == "kl" and all((values > 0).all() for values in by_position.values()),
@@ -484,7 +491,9 @@ def fit_ngrams(
     return NGram(tuple(contexts), tuple(laws))
 
 
-def _context_codes(tokens: np.ndarray, segments: np.ndarray, V: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _context_codes(
+    tokens: np.ndarray, segments: np.ndarray, V: int, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each token from the second on: the code of the k before it, itself, whether these lie in one document."""
     code = np.zeros((len(tokens), tokens.shape[1] - 1), np.int64)
     inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)

@@ -131,7 +131,8 @@ def analyse(
             x_label="token",
             y_label="probability",
             series=tuple(
-                Series(labels[name], f"next_{name}", "next_symbols", style="bars", dashed=name != "model") for name in after
+                Series(labels[name], f"next_{name}", "next_symbols", style="bars", dashed=name != "model")
+                for name in after
             ),
             references={"uniform": 1 / V},
         ),

@@ -37,7 +37,9 @@ def analyse(subject: Subject, *, scalars: tuple[str, ...] | None = None, paths: 
         name, _, key = scalar.partition(".")
         if name not in analyses.names() or not key or name == "training_walk":
             choices = [n for n in analyses.names() if n != "training_walk"]
-            raise ConfigError(f"scalars: expected 'analysis.number', got {scalar!r}: {unknown('analysis', name, choices)}")
+            raise ConfigError(
+                f"scalars: expected 'analysis.number', got {scalar!r}: {unknown('analysis', name, choices)}"
+            )
         by_analysis.setdefault(name, []).append(key)
 
     # The default numbers need no null of their own at each step: step 0 is in the series.
@@ -61,7 +63,9 @@ def analyse(subject: Subject, *, scalars: tuple[str, ...] | None = None, paths: 
         if scalars is not None or key in found[name][0].measured
     }
     if not series:
-        raise NotApplicable("; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no scalars were asked for")
+        raise NotApplicable(
+            "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no scalars were asked for"
+        )
 
     shown = np.array(steps, float)
     shown[shown == 0] = shown[shown > 0].min() / 2
