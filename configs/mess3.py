@@ -1,7 +1,7 @@
 """The quickstart: a small transformer on Mess3, whose belief states form a fractal (Shai et al., arXiv 2405.15943).
 
-    python train.py configs/mess3.py
-    python analyze.py runs/mess3
+python train.py configs/mess3.py
+python analyze.py runs/mess3
 """
 
 from jaxwalk import ModelConfig, TrainConfig, WorldData, aggregates

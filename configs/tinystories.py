@@ -16,9 +16,13 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         name="tinystories",
         data=TextData(
-            "roneneldan/TinyStories", streaming=True, max_tokens=200_000_000, tokenizer="bpe", vocab_size=4096,
+            "roneneldan/TinyStories",
+            streaming=True,
+            max_tokens=200_000_000,
+            tokenizer="bpe",
+            vocab_size=4096,
             validation=0.01,
-        ),  # fmt: skip
+        ),
         model=ModelConfig(
             vocab_size=4096,
             max_length=512,

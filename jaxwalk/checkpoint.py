@@ -61,7 +61,7 @@ def definition_of(config: TrainConfig, vocabulary: Any) -> dict[str, Any]:
 def log_spaced(steps: int, count: int, multiple: int) -> tuple[int, ...]:
     """About `count` steps up to `steps`, evenly spaced in log(step), each a multiple of `multiple`; and step 0."""
     ratios = np.geomspace(multiple, max(steps, multiple), count) if count else np.zeros(0)
-    return tuple(sorted({0, *(int(round(r / multiple)) * multiple for r in ratios)}))
+    return tuple(sorted({0, *(round(r / multiple) * multiple for r in ratios)}))
 
 
 class Checkpoints:
@@ -150,8 +150,12 @@ def _read(folder: Path, template: Any, step: int, steps: Iterable[int], option: 
         return from_dicts(template, nested)
     except Exception as error:  # Orbax and tensorstore raise many kinds, all of which mean the same here
         earlier = [s for s in steps if s < step]
-        remedy = f"The previous one is step {max(earlier)}: {option} {max(earlier)}." if earlier else "There is no other."
-        raise CheckpointError(f"step {step} in {folder} is corrupted or incomplete ({_first_line(error)}). {remedy}") from error
+        remedy = (
+            f"The previous one is step {max(earlier)}: {option} {max(earlier)}." if earlier else "There is no other."
+        )
+        raise CheckpointError(
+            f"step {step} in {folder} is corrupted or incomplete ({_first_line(error)}). {remedy}"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -174,8 +178,8 @@ class Run:
             self.definition: dict[str, Any] = json.loads(source.read_text("utf-8"))
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"{self.folder}: expected a run's folder (with config.json) or one of its checkpoints/parameters/<step>, "
-                f"got {'a folder without them' if self.folder.is_dir() else 'nothing there'}. Train with train.py first."
+                f"{self.folder}: expected a run's folder (with config.json) or one of checkpoints/parameters/<step>, "
+                f"got {'a folder without them' if self.folder.is_dir() else 'nothing'}. Train with train.py first."
             ) from error
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{source}: cannot be read as JSON ({_first_line(error)}).") from error
@@ -220,7 +224,9 @@ class Run:
         if step == "best":
             return min(self.steps, key=self.loss)
         if step not in self.steps:
-            raise CheckpointError(f"step: expected one of {', '.join(map(str, self.steps))}, 'best' or 'latest', got {step}.")
+            raise CheckpointError(
+                f"step: expected one of {', '.join(map(str, self.steps))}, 'best' or 'latest', got {step}."
+            )
         return step
 
     def model(self, step: int | Literal["latest", "best"] = "latest") -> Transformer:
@@ -260,7 +266,9 @@ def prepare_workdir(workdir: Path, definition: Mapping[str, Any], *, resume: boo
         shutil.rmtree(workdir)
     if not file.exists():
         if workdir.is_dir() and any(workdir.iterdir()):
-            raise ConfigError(f"{workdir}: expected a run's folder or an empty one, got a folder of other files. Use another --workdir.")
+            raise ConfigError(
+                f"{workdir}: expected a run's folder or an empty one, got other files in it. Use another --workdir."
+            )
         if resume:
             raise ConfigError(f"{workdir}: expected a run to resume, got no config.json. Start it without --resume.")
         workdir.mkdir(parents=True, exist_ok=True)

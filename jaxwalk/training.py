@@ -206,8 +206,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def make_call(
-    config: TrainConfig, batches: WorldBatches | TextBatches, update: optax.GradientTransformation, mesh: Mesh, state: Any
-) -> Callable[[list[Array], Any], tuple[list[Array], dict[str, Array]]]:
+    config: TrainConfig,
+    batches: WorldBatches | TextBatches,
+    update: optax.GradientTransformation,
+    mesh: Mesh,
+    state: Any,
+) -> jax.stages.Wrapped:
     """The jitted call: (leaves of the state, inputs) -> (leaves, {"loss", "grad_norm"} [steps_per_call]).
 
     `state` gives structure and shapes. The call takes leaves, as flattening a deep model in Python at every
@@ -230,9 +234,7 @@ def make_call(
             (total, count), sums = gradient(state.model, *batch)
         else:
             # Every part takes rows from all devices: part i is rows i, i + accumulate, ...
-            parts = jax.tree.map(
-                lambda a: a.reshape(-1, config.accumulate, *a.shape[1:]).swapaxes(0, 1), batch
-            )
+            parts = jax.tree.map(lambda a: a.reshape(-1, config.accumulate, *a.shape[1:]).swapaxes(0, 1), batch)
             zeros = ((jnp.zeros(()), jnp.array(0)), jax.tree.map(jnp.zeros_like, state.model))
             add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.model, *part)), None)
             ((total, count), sums), _ = lax.scan(add, zeros, parts)
@@ -276,7 +278,7 @@ def make_evaluation(
     rows = NamedSharding(mesh, PartitionSpec("data"))
     world = batches.world if isinstance(batches, WorldBatches) else None
 
-    def excess(model: Transformer, tokens: Array) -> Array:
+    def excess(world: worlds.HiddenMarkov, model: Transformer, tokens: Array) -> Array:
         exact = world.next_log_probs(tokens)[1:-1]
         learned = next_log_probs(model, tokens[:-1])
         return jnp.where(jnp.isneginf(exact), 0, jnp.exp(exact) * (exact - learned)).sum()
@@ -285,7 +287,9 @@ def make_evaluation(
     def one(leaves: Sequence[Array], tokens: Array, segments: Array | None) -> tuple[Array, ...]:
         model = jax.tree.unflatten(structure, leaves)
         total, count = batch_loss(model, tokens, segments, axis="data")
-        above = jnp.zeros(()) if world is None else jax.vmap(functools.partial(excess, model))(tokens).sum()
+        above = jnp.zeros(())
+        if world is not None:
+            above = jax.vmap(functools.partial(excess, world, model))(tokens).sum()
         return total, count, above
 
     def evaluate(leaves: Sequence[Array]) -> dict[str, float]:
@@ -371,7 +375,7 @@ class _Progress:
 
 
 class _Metrics:
-    """What the calls report, fetched one log interval late so that the device never waits, and timed between fetches."""
+    """What the calls report: fetched one log interval late, so that the device never waits, and timed."""
 
     def __init__(self, config: TrainConfig, file: Path, rate: optax.Schedule, resumed: int) -> None:
         self.config, self.file, self.rate = config, file, rate
@@ -416,7 +420,7 @@ class _Metrics:
         losses, norms = (np.concatenate([m[name] for m in fetched]) for name in ("loss", "grad_norm"))
         bad = ~(np.isfinite(losses) & np.isfinite(norms))
         if bad.any():
-            first = int(bad.argmax())
+            first = int(np.argmax(bad))
             raise TrainingDiverged(
                 f"the loss at step {window[0][0] + first} is {losses[first]} (gradient norm {norms[first]}). The last "
                 f"good checkpoint is step {self.last_good}. Lower --optim.lr, clip harder, or warm up longer."

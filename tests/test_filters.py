@@ -46,7 +46,7 @@ PHI = {
 
 
 def reference(name, module, x):
-    linear = lambda m, x: x @ np.array(m.weight) + np.array(m.bias)  # noqa: E731
+    linear = lambda m, x: x @ np.array(m.weight) + np.array(m.bias)
     kind, _, choice = name.partition("-")
     if kind == "linear":
         return linear(module, x)
@@ -63,7 +63,7 @@ def reference(name, module, x):
 @jax.jit
 def measured(module, x, t):
     """The value, held and not; J t by jvp, by linearize and by vjp; and the curvature of the held function."""
-    held = lambda x: module(x, hold=True)  # noqa: E731
+    held = lambda x: module(x, hold=True)
     y, linear = jax.linearize(module, x)
     return {
         "value": y,

@@ -11,7 +11,14 @@ import pytest
 from jaxwalk import report
 from jaxwalk.analyses import Figure, Finding, Series
 
-HOSTILE = ("</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><b>', "$\\frac{x}$", "\x1b[31m\x00", "é\u202e")
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><b>',
+    "$\\frac{x}$",
+    "\x1b[31m\x00",
+    "é\u202e",
+)
 
 
 def finding(name="path_law", **changes) -> Finding:

@@ -49,7 +49,7 @@ def central_differences(model, step, directions, given, packed):
             scored = scored & (SEGMENTS[1:] == SEGMENTS[:-1])
         return jnp.sum(steps[scored])
 
-    moved = lambda sign: jax.vmap(lambda d: score(vectors + sign * step * d))(directions)  # noqa: E731
+    moved = lambda sign: jax.vmap(lambda d: score(vectors + sign * step * d))(directions)
     return (moved(1) - moved(-1)) / (2 * step)
 
 
@@ -123,7 +123,7 @@ def test_context_sensitivity_by_two_algorithms(name, packed):
     @jax.jit
     def both(m):
         vectors = token_vectors(m, TOKENS)
-        walk = lambda v: m.walk(TOKENS, vectors=v, segments=segments).context  # noqa: E731
+        walk = lambda v: m.walk(TOKENS, vectors=v, segments=segments).context
         return jw.context_sensitivity(m, TOKENS, segments), jax.jacfwd(walk)(vectors)
 
     with float64():
@@ -145,7 +145,7 @@ def test_products_with_the_jacobian_are_adjoint_and_agree_with_central_differenc
         @jax.jit
         def products(m, t, c):
             vectors = token_vectors(m, TOKENS)
-            contexts = lambda s: m.walk(TOKENS, vectors=vectors + s * t).context  # noqa: E731
+            contexts = lambda s: m.walk(TOKENS, vectors=vectors + s * t).context
             slope = (contexts(1e-5) - contexts(-1e-5)) / 2e-5
             return jw.context_jvp(m, TOKENS, t), jw.context_vjp(m, TOKENS, c), slope
 

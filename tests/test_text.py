@@ -46,7 +46,24 @@ def arbitrary(seed, length=400):
     return "".join(chance.choice(" \n\r\tab") if chance.random() < 0.5 else chr(c) for c in points)
 
 
-WORDS = "the walk of a path through embedding space begins at one token vector and goes on".split()
+WORDS = [
+    "the",
+    "walk",
+    "of",
+    "a",
+    "path",
+    "through",
+    "embedding",
+    "space",
+    "begins",
+    "at",
+    "one",
+    "token",
+    "vector",
+    "and",
+    "goes",
+    "on",
+]
 
 
 def stories(n, seed=0):

@@ -231,7 +231,7 @@ def test_a_run_learns_and_leaves_its_records(finished):
     workdir, printed, scores = finished
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     evaluations = [r for r in rows if "eval_loss" in r]
-    assert [r["step"] for r in evaluations][0] == 0
+    assert evaluations[0]["step"] == 0
     assert evaluations[-1]["step"] == 20
     assert scores["excess_loss"] == evaluations[-1]["excess_loss"]
     assert 0 <= evaluations[-1]["excess_loss"] < evaluations[0]["excess_loss"]
@@ -260,7 +260,7 @@ def test_resuming_a_run_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="expected a run to resume"):
         training.train(small(), tmp_path / "none", resume=True, out=io.StringIO())
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="folder of other files"):
+    with pytest.raises(ConfigError, match="got other files"):
         training.train(small(), tmp_path, overwrite=True, out=io.StringIO())
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

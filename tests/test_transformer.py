@@ -166,7 +166,7 @@ def test_layers_and_models_have_every_derivative(name):
             )
         # And with respect to the model itself, forward and back.
         tangent = jax.tree.map(jnp.ones_like, model)
-        loss = lambda m: jw.path_log_prob(m, TOKENS)  # noqa: E731
+        loss = lambda m: jw.path_log_prob(m, TOKENS)
         out["parameters"] = (
             jax.jvp(loss, (model,), (tangent,))[1],
             jax.linearize(loss, model)[1](tangent),
@@ -210,11 +210,11 @@ def test_held_walks_are_affine_and_their_constant_is_the_additive_parameters(nam
             def held(model, vectors, nudge):
                 return model.walk(TOKENS, vectors=vectors, nudge=nudge, hold=True).context
 
-            of_vectors = lambda v: held(model, v, zero)  # noqa: E731
+            of_vectors = lambda v: held(model, v, zero)
             context, linear = jax.linearize(of_vectors, vectors)
             constant = jax.jvp(held, (model, vectors, zero), (additive(model), jnp.zeros_like(vectors), table))[1]
             other = jnp.cos(jnp.arange(vectors.size, dtype=vectors.dtype)).reshape(vectors.shape)
-            push = lambda v: jax.jvp(of_vectors, (v,), (other,))[1]  # noqa: E731
+            push = lambda v: jax.jvp(of_vectors, (v,), (other,))[1]
             return context, linear(vectors), constant, jax.jvp(push, (vectors,), (other,))[1]
 
         context, linear, constant, curvature = parts(m, m.token_vectors[TOKENS])
@@ -319,7 +319,7 @@ def test_bfloat16_is_near(name):
 @on("pre", "post-rms-sinusoidal-tied-gated")
 def test_a_model_is_a_pytree_of_floats_made_by_a_pure_function(name):
     config = jw.ModelConfig(**{"vocab_size": 5, "max_length": 12, "width": 16, "depth": 2, **CHOICES[name]})
-    make = lambda key: jw.init(config, key)  # noqa: E731
+    make = lambda key: jw.init(config, key)
     shapes = jax.eval_shape(lambda key: jw.init(config, key), jax.random.key(0))
     one, same, other = make(jax.random.key(0)), make(jax.random.key(0)), make(jax.random.key(1))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(one))

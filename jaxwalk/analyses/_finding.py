@@ -1,6 +1,5 @@
 """What an analysis returns: numbers with their interval, their null and their conventions, never bare."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -84,7 +83,9 @@ class Finding:
 
     def __post_init__(self) -> None:
         if not self.null:
-            raise ValueError(f"Finding {self.name!r}: expected a null or an exact reference beside the numbers, got none.")
+            raise ValueError(
+                f"Finding {self.name!r}: expected a null or an exact reference beside the numbers, got none."
+            )
         if stray := set(self.interval) - set(self.measured):
             raise ValueError(f"Finding {self.name!r}: intervals of what was not measured: {', '.join(sorted(stray))}.")
         for figure in self.figures:

@@ -50,7 +50,9 @@ class Subject:
             key = jax.random.fold_in(jax.random.key(self.seed), 0x5EED)
             return np.asarray(self.world.sample(key, n, length))
         if self.store is None:
-            raise ValueError("paths: expected a world or a token store, got a model without data. Pass text to analyse.")
+            raise ValueError(
+                "paths: expected a world or a token store, got a model without data. Pass text to analyse."
+            )
         found: list[np.ndarray] = []
         for attempt in range(100):
             tokens, segments = self.store.batch(self.seed, attempt, max(n, 64), length, split="validation")

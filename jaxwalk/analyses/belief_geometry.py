@@ -410,5 +410,9 @@ def _projection(
     return (
         lambda true, shown: (shown - mean) @ axes[:2].T,
         colour,
-        ("belief state, first principal component", "second principal component", "principal components of the beliefs"),
+        (
+            "belief state, first principal component",
+            "second principal component",
+            "principal components of the beliefs",
+        ),
     )

@@ -68,7 +68,7 @@ def analyse(
     lengths = _lengths(1 if world is not None else 2, T - steps + 1)
     late = max(1, T // 4)
 
-    given = {length: some for length in lengths}
+    given = dict.fromkeys(lengths, some)
     shuffled = {length: _shuffle(some, length, subject.seed) for length in lengths}
     entropies = _enumerated_entropies if exact else functools.partial(_sampled_entropies, seed=subject.seed)
     entropy = entropies(model, world, given, steps)
