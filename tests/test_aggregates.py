@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import float64, normal, perturbed, to64
+from tests.conftest import float64, normal, perturbed, to64
 
 import jaxwalk as jw
 from jaxwalk.aggregates._contract import causal_mask, runs_and_positions

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import float64, normal, perturbed, to64
+from tests.conftest import float64, normal, perturbed, to64
 from scipy.special import erf
 
 from jaxwalk import filters as f

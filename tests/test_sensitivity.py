@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import float64, model_of, to64
+from tests.conftest import float64, model_of, to64
 
 import jaxwalk as jw
 from jaxwalk.sensitivity import token_vectors

@@ -16,7 +16,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import model_of
+from tests.conftest import model_of
 from jaxtyping import install_import_hook
 
 import jaxwalk as jw

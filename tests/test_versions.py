@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import float64
+from tests.conftest import float64
 from packaging.requirements import Requirement
 
 from jaxwalk._versions import FAULTY, refuse_faulty_jax

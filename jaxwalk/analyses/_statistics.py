@@ -56,7 +56,7 @@ def resampled_means(per_path: np.ndarray, seed: int = 0) -> np.ndarray:
 def percentiles(draws: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """The interval that holds the share `level` of the draws, the first axis: low and high."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+    return np.asarray(low), np.asarray(high)
 
 
 def batches(paths: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -90,7 +90,9 @@ def analyse(
         )
     kl = {name: s.kl for name, s in observed.items()}
     ideal, ideal_is = (np.zeros(T), "") if world is None else _ideal_loss(world, observed["model"].world_entropy)
-    chain_rule_error, chain_rule_nulls = _chain_rule(model, world, some[:16], lengths)
+    chain_rule_error, chain_rule_nulls = _chain_rule(
+        model, world, some[:16], sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
+    )
 
     numbers = _Numbers("narrowing")
     numbers.add("narrowing", lambda h: (h[:, 0] - h[:, -1]).mean(), entropy)
@@ -128,9 +130,15 @@ def analyse(
         arrays["loss_ideal"] = ideal
 
     def lines(what: str, x: str, names: list[str]) -> tuple[Series, ...]:
-        band = {"low": f"{what}_model_low", "high": f"{what}_model_high"}
         return tuple(
-            Series(LABELS[name], f"{what}_{name}", x, dashed=name != "model", **(band if name == "model" else {}))
+            Series(
+                LABELS[name],
+                f"{what}_{name}",
+                x,
+                low=f"{what}_model_low" if name == "model" else None,
+                high=f"{what}_model_high" if name == "model" else None,
+                dashed=name != "model",
+            )
             for name in names
         )
 
@@ -140,7 +148,7 @@ def analyse(
             title=f"What is left open about the next {steps} tokens, by length of the context",
             x_label="tokens of context",
             y_label="path entropy, nats",
-            series=lines("entropy", "context_length", list(entropy)),
+            series=lines("entropy", "context_length", [name for name in entropy if name != "untrained"]),
             log_x=True,
         ),
         Figure(
@@ -148,7 +156,7 @@ def analyse(
             title="Loss by position" + ("" if world is None else ", beside the observer who knows the world"),
             x_label="tokens of context",
             y_label="loss, nats per token",
-            series=lines("loss", "position", [*observed, *([] if world is None else ["ideal"])]),
+            series=lines("loss", "position", list(observed) if world is None else ["model", "ideal"]),
         ),
     )
     conventions = {
@@ -162,8 +170,8 @@ def analyse(
         "narrowing": f"fall of the mean {steps}-step path entropy from the shortest context to the longest, by "
         + ("enumeration" if exact else "one sampled continuation of each context: the sum of its steps' entropies"),
         "path_entropy": "at the longest context; effective_paths is exp of the mean entropy",
-        "doublings_that_narrow": f"share of contexts with less entropy of the next {steps if exact else 1} tokens than "
-        "their first half has, over paths and lengths, exact",
+        "doublings_that_narrow": "share of contexts with less entropy than their first half, over paths and "
+        "lengths: " + (f"of the next {steps} tokens" if exact else "of the next token, which is exact"),
         "entropy_error": "mean over contexts of |path entropy - the world's after the same context|",
         "excess_at_end": "E KL(world || model) of the step at the last position",
         "shuffled": "all tokens of the context are permuted; what comes after it is the true continuation",
@@ -172,21 +180,19 @@ def analyse(
         "loss": "of the tokens that came" if world is None else f"in expectation over the next token; {ideal_is}",
         "loss_gain": f"loss at the first position less the mean of the last {late}",
         "chain_rule_error": "largest error of log P(continuation | context), recurrent against parallel, over "
-        f"{len(some[:16])} paths cut at each length; rounding: of the largest log-probability, once; other_context: "
-        "mean change where the context is another path's",
+        f"{len(some[:16])} paths cut at the first, middle and last length; rounding: of the largest log-probability, "
+        "once; other_context: mean change where the context is another path's",
         "intervals": "95%, bootstrap over paths",
     }
     optional = {"doublings_that_narrow", "entropy_error", "excess_at_end", "shuffle_cost"}
     conventions = {k: v for k, v in conventions.items() if k not in optional or k in numbers.measured}
-    fall, null = numbers.measured["narrowing"], numbers.null
+    beside = {"world": "the world's own", "shuffled": "after shuffled contexts", "untrained": "the untrained model's"}
     verdict = (
-        f"From {lengths[0]} to {lengths[-1]} tokens of context the entropy of the next {steps} tokens "
-        f"{'falls' if fall >= 0 else 'rises'} by {abs(fall):.3f} nats"
-        + (f" (the world's own falls by {null['world']:.3f}" if "world" in null else " (")
-        + (", " if "world" in null and "untrained" in null else "")
-        + (f"the untrained model's by {null['untrained']:.3f}" if "untrained" in null else "")
+        f"From {lengths[0]} to {lengths[-1]} tokens of context the entropy of the next {steps} tokens changes by "
+        f"{-numbers.measured['narrowing']:+.3f} nats ("
+        + ", ".join(f"{text} {-numbers.null[name]:+.3f}" for name, text in beside.items() if name in numbers.null)
         + f"); the chain rule holds to {chain_rule_error:.0e} nats."
-    ).replace(" ()", "")
+    )
     return Finding(
         "narrowing", CLAIM, numbers.measured, numbers.interval, numbers.null, conventions, arrays, figures, verdict
     )

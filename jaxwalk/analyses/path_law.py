@@ -31,6 +31,7 @@ CLAIM = (
     "C1, C2: behaviours are paths that the model random-walks, and training learns a distribution over all paths, "
     "not only over those it was trained on."
 )
+LABELS = {"model": "model", "untrained": "untrained model", "ngram": "best n-gram model"}
 EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Of the bins in which probabilities are compared with what came of them."""
 
@@ -133,6 +134,7 @@ class Steps(NamedTuple):
 def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"]) -> Steps:
     def one(row: Array) -> Steps:
         before, after = row[:-1], row[1:]
+        index = jnp.arange(len(after))
         log_p = law(before) if isinstance(law, NGram) else next_log_probs(law, before)
         p = jnp.exp(log_p)
         if world is None:
@@ -144,13 +146,12 @@ def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"]) ->
         truth = jnp.where(possible[:, None], jnp.exp(log_truth), 0)
         zero = truth == 0  # 0 log 0 = 0
         safe = jnp.where(zero, 0, log_truth)
-        chosen = lambda x: jnp.take_along_axis(x, after[:, None], axis=-1)[:, 0]
         top = p == p.max(axis=-1, keepdims=True)
         return Steps(
-            chosen(log_p),
+            log_p[index, after],
             -jnp.sum(p * log_p, axis=-1),
             jnp.sum(truth * jnp.where(zero, 0, safe - log_p), axis=-1),
-            jnp.where(possible, chosen(log_truth), 0),
+            jnp.where(possible, log_truth[index, after], 0),
             -jnp.sum(truth * safe, axis=-1),
             _binned(p, truth, possible[:, None]),
             _binned(p, truth, possible[:, None] & top & (jnp.cumsum(top, axis=-1) == 1)),
@@ -285,8 +286,6 @@ def _against(null: dict[str, float], unit: str) -> str:
 
 
 def _position_figure(by_position: dict[str, np.ndarray], what: str, title: str) -> Figure:
-    label = {"model": "model", "untrained": "untrained model", "ngram": "best n-gram model"}
-    band = {"low": f"{what}_low", "high": f"{what}_high"}
     return Figure(
         name=f"{what}_by_position",
         title=title,
@@ -294,7 +293,12 @@ def _position_figure(by_position: dict[str, np.ndarray], what: str, title: str) 
         y_label="E KL(world ‖ model), nats" if what == "kl" else "loss, nats per token",
         series=tuple(
             Series(
-                label[name], f"{what}_{name}", "position", dashed=name != "model", **(band if name == "model" else {})
+                LABELS[name],
+                f"{what}_{name}",
+                "position",
+                low=f"{what}_low" if name == "model" else None,
+                high=f"{what}_high" if name == "model" else None,
+                dashed=name != "model",
             )
             for name in by_position
         ),
@@ -332,8 +336,8 @@ def _on_text(subject: Subject, laws: dict[str, Any], sampled: dict[str, Steps], 
     out.arrays["loss_low"], out.arrays["loss_high"] = mean_interval(losses["model"])
     out.figures = (_position_figure(by_position, "loss", "Loss on held-out text against the number of tokens given"),)
     out.verdict = (
-        f"Held-out text costs {out.measured['loss']:.3f} nats per token, {out.measured['bits_per_byte']:.3f} bits per byte"
-        + _against(out.null, "nats")
+        f"Held-out text costs {out.measured['loss']:.3f} nats per token, "
+        f"{out.measured['bits_per_byte']:.3f} bits per byte" + _against(out.null, "nats")
     )
     return out
 
@@ -372,7 +376,9 @@ def _calibration(sampled: dict[str, Steps], exact: bool) -> _Parts:
         out.arrays[f"calibration_given_{name}"] = total[:, 1] / total[:, 0]
         out.arrays[f"calibration_came_{name}"] = total[:, 2] / total[:, 0]
         out.arrays[f"calibration_count_{name}"] = total[:, 0]
-        series.append(Series(name, f"calibration_came_{name}", f"calibration_given_{name}", dashed=name != "model"))
+        series.append(
+            Series(LABELS[name], f"calibration_came_{name}", f"calibration_given_{name}", dashed=name != "model")
+        )
     out.arrays["calibration_diagonal"] = np.array([0.0, 1.0])
     series.append(Series("calibrated", "calibration_diagonal", "calibration_diagonal", dashed=True))
     out.figures = (
@@ -507,7 +513,7 @@ def _context_codes(
 def _best_ngram(subject: Subject, length: int, budget: int = 1 << 17) -> tuple[NGram, str]:
     """The order and smoothing that predict best, fitted and chosen on data of their own, and a sentence on them."""
     V = subject.model.vocab_size
-    fresh = (lambda n: n + n // 4)(max(64, budget // length))
+    fresh = 5 * max(16, budget // length // 4)
     if subject.world is not None:
         key = jax.random.fold_in(jax.random.key(subject.seed), 0x96A3)
         tokens = np.asarray(subject.world.sample(key, fresh, length))
@@ -516,15 +522,13 @@ def _best_ngram(subject: Subject, length: int, budget: int = 1 << 17) -> tuple[N
         tokens, segments = (np.asarray(a) for a in subject.store.batch(subject.seed, 0, fresh, length, split="train"))
     fit, choose = slice(0, fresh * 4 // 5), slice(fresh * 4 // 5, None)
     order = min(length - 1, 10)
-    best: tuple[float, int, float, NGram] | None = None
+    candidates = []
     for smoothing in (1.0, 8.0, 64.0):
         ngram = fit_ngrams(tokens[fit], segments[fit], V, order, smoothing)
-        for k, loss in enumerate(_ngram_losses(ngram, tokens[choose], segments[choose], V)):
-            if best is None or loss < best[0]:
-                best = loss, k, smoothing, NGram(ngram.contexts[: k + 1], ngram.laws[: k + 1])
-    assert best is not None
-    loss, k, smoothing, ngram = best
-    return ngram, (
+        losses = _ngram_losses(ngram, tokens[choose], segments[choose], V)
+        candidates += [(loss, k, smoothing, ngram) for k, loss in enumerate(losses)]
+    _, k, smoothing, ngram = min(candidates, key=lambda candidate: candidate[0])
+    return NGram(ngram.contexts[: k + 1], ngram.laws[: k + 1]), (
         f"order {k} (contexts of up to {k} tokens), interpolation weight {smoothing:g}, fitted on "
         f"{tokens[fit].size} tokens and chosen on {tokens[choose].size} others"
     )

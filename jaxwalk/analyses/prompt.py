@@ -50,8 +50,8 @@ def analyse(
         raise NotApplicable("no prompt was given: pass one with --prompt")
     try:
         prompt = np.asarray(check_tokens(model, np.asarray(subject.prompt)))
-    except ValueError as error:
-        raise NotApplicable(f"the prompt is no path of this model: {error}") from error
+    except ValueError as wrong:
+        raise NotApplicable(f"the prompt is no path of this model: {wrong}") from wrong
     if world is not None and world.vocab_size != model.vocab_size:
         world = None
     V, P = model.vocab_size, len(prompt)
@@ -161,8 +161,8 @@ def analyse(
         + ("a Monte Carlo estimate; interval: 1.96 standard errors" if error else "exact by enumeration"),
         "prompt_log_prob": "log P(prompt | its first token)",
         "next_kl": "KL(world || model) of the next token",
-        "top_paths": f"{certified} of {k} are certified to be the most probable (at or above bound {float(best.bound):.4g}); "
-        f"the mass of other paths is {float(best.unexplored_mass):.4g}",
+        "top_paths": f"{certified} of {k} are certified to be the most probable (at or above bound "
+        f"{float(best.bound):.4g}); the mass of other paths is {float(best.unexplored_mass):.4g}",
         "sampled_paths": f"{samples} exact samples of the model's law, no temperature",
         "sensitivity": "Frobenius norm of d context / d token vector, row: context, column: token; local, and no share "
         "of anything" + ("" if whole else "; last context vector only, as the prompt is long"),
@@ -172,7 +172,8 @@ def analyse(
         f"After this prompt the next {steps} tokens are worth {math.exp(measured['path_entropy']):.3g} effective paths "
         f"({measured['path_entropy']:.3f} nats"
         + "".join(f", {labels[name]} {null[name]:.3f}" for name in ("world", "untrained") if name in null)
-        + f"); the {k} most probable hold {measured['top_paths_mass']:.1%} of the probability, {certified} of them certified."
+        + f"); the {k} most probable hold {measured['top_paths_mass']:.1%} of the probability, "
+        f"{certified} of them certified."
     )
     return Finding("prompt", CLAIM, measured, interval, null, conventions, arrays, figures, verdict)
 
@@ -200,13 +201,13 @@ def _world_law(
     law = world.next_log_probs(prompt)[-1]
     if not np.isfinite(world.path_log_prob(prompt)):
         return None
-    entropy = jnp.nan
+    entropy = jnp.array(jnp.nan)
     if world.vocab_size**steps <= ENUMERABLE:
         after = continuations(world.vocab_size, steps)
         rows = np.concatenate([np.broadcast_to(prompt, (len(after), len(prompt))), after], axis=1)
         log_probs = jax.vmap(functools.partial(world.path_log_prob, given=len(prompt)))(rows)
         entropy = jax.scipy.special.entr(jnp.exp(log_probs)).sum()
-    return law, world.path_log_prob(prompt, given=1), Estimate(jnp.asarray(entropy), jnp.zeros(()))
+    return law, world.path_log_prob(prompt, given=1), Estimate(entropy, jnp.zeros(()))
 
 
 @functools.partial(jax.jit, static_argnames="whole")
@@ -214,7 +215,10 @@ def _sensitivities(model: Transformer, prompt: Int[Array, " P"], whole: bool) ->
     if whole:
         return context_sensitivity(model, prompt)
     last = jnp.zeros((len(prompt), model.width), model.token_vectors.dtype)
-    row = lambda direction: jnp.sum(context_vjp(model, prompt, last.at[-1].set(direction)) ** 2, axis=-1)
+
+    def row(direction: Array) -> Array:
+        return jnp.sum(context_vjp(model, prompt, last.at[-1].set(direction)) ** 2, axis=-1)
+
     squares = lax.map(row, jnp.eye(model.width, dtype=last.dtype), batch_size=min(16, model.width))
     return jnp.sqrt(squares.sum(axis=0))[None]
 
@@ -228,7 +232,7 @@ def _sensitivity(model: Transformer, prompt: Int[np.ndarray, " P"]) -> tuple[Flo
 
 def _labels(subject: Subject, tokens: Int[np.ndarray, " n"], places: Int[np.ndarray, " n"] | None = None) -> np.ndarray:
     """How tokens are named on an axis, each name once: with their places, or their ids where symbols repeat."""
-    symbols = [subject.symbol(token) for token in tokens]
+    symbols = [subject.symbol(token) for token in tokens.tolist()]
     if places is not None:
         return np.array([f"{place}: {symbol}" for place, symbol in zip(places, symbols, strict=True)])
     return np.array([s if symbols.count(s) == 1 else f"{s} ({t})" for s, t in zip(symbols, tokens, strict=True)])
