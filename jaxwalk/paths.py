@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxwalk.filters import Key
-from jaxwalk.transformer import State, Tokens, Transformer, check_tokens, prefill, step
+from jaxwalk.transformer import Segments, State, Tokens, Transformer, check_tokens, prefill, step
 
 ENUMERABLE = 1 << 16
 """How many continuations are enumerated, where exactness is possible, before estimates take over."""
@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
     standard_error: Float[Array, ""]
 
 
-def next_log_probs(model: Transformer, tokens: Tokens, segments: Int[Array, " T"] | None = None) -> Float[Array, "T V"]:
+def next_log_probs(model: Transformer, tokens: Tokens, segments: Segments | None = None) -> Float[Array, "T V"]:
     """log p(v | v_1..v_t) at every position t of one path, in nats.
 
     `segments` [T] says which document each position is in: see `Transformer.walk`.
@@ -58,7 +58,7 @@ def path_log_prob(
     tokens: Tokens,
     given: int = 1,
     nudge: Float[Array, "S T D"] | None = None,
-    segments: Int[Array, " T"] | None = None,
+    segments: Segments | None = None,
 ) -> Float[Array, ""]:
     """log P(v_1..v_T | the first `given` tokens) in nats: the sum of the log-probabilities of the steps after them.
 
@@ -76,7 +76,7 @@ def step_log_probs(
     tokens: Tokens,
     given: int = 1,
     nudge: Float[Array, "S T D"] | None = None,
-    segments: Int[Array, " T"] | None = None,
+    segments: Segments | None = None,
     **options: Any,
 ) -> Float[Array, " N"]:
     """The N = T - 1 summands of `path_log_prob`: entry t is log p(v_{t+2} | v_1..v_{t+1}), 0 where it is not scored.
@@ -105,7 +105,7 @@ def step_log_probs(
     return jnp.where(scored, steps, 0)
 
 
-def scored_steps(length: int, given: int = 1, segments: Int[Array, " T"] | None = None) -> Bool[Array, " N"]:
+def scored_steps(length: int, given: int = 1, segments: Segments | None = None) -> Bool[Array, " N"]:
     """Which of the N = length - 1 steps of a path count: those after the `given` tokens, inside a document."""
     scored = jnp.arange(1, length) >= given
     if segments is not None:

@@ -66,6 +66,12 @@ def _pseudo(text: object, width: int | None = None) -> str:
     return "<br>".join(html.escape(line, quote=False).replace("$", "&#36;") for line in lines)
 
 
+def _cut(text: str, most: int) -> str:
+    """`text`, visible, and cut where it is longer than `most` characters."""
+    text = _visible(text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def _number(value: Any) -> str:
     """Four significant digits, whole numbers in full, and a dash where there is no number."""
     if value is None or math.isnan(value := float(value)):
@@ -314,13 +320,8 @@ class _Axis:
 
     def shown(self, most: int) -> list[tuple[float, str]]:
         """At most so many of the ticks, evenly, their names cut where they are long."""
-        ticks = [(at, _visible(name)) for at, name in self.ticks or ()]
-        ticks = ticks[:: max(1, math.ceil(len(ticks) / most))]
-        return [(at, name if len(name) <= 16 else f"{name[:15]}…") for at, name in ticks]
-
-    @property
-    def decades(self) -> float:
-        return math.log10(self.high / self.low)
+        ticks = self.ticks or ()
+        return [(at, _cut(name, 16)) for at, name in ticks[:: max(1, math.ceil(len(ticks) / most))]]
 
 
 @dataclass
@@ -563,6 +564,12 @@ def _span(axis: _Axis, values: Sequence[np.ndarray]) -> None:
     air = 0.04 * (high - low) or (0.3 if axis.log else 0.05 * abs(low) or 0.5)
     low, high = low - air, high + air
     axis.low, axis.high = (10**low, 10**high) if axis.log else (low, high)
+    if axis.log and axis.ticks is None:
+        every_nth = max(1, math.ceil((high - low) / 7))
+        steps = [10.0**d * m for d in range(math.floor(low), math.ceil(high) + 1, every_nth) for m in (1, 2, 5)]
+        steps = [s for s in steps if axis.low <= s <= axis.high]
+        decades = [s for s in steps if math.log10(s) == round(math.log10(s))]
+        axis.ticks = tuple((s, _number(s)) for s in (decades if len(decades) > 2 else steps))
 
 
 def _dot(mark: _Mark) -> float:
@@ -581,7 +588,7 @@ def _colours(mark: _Mark) -> list[str] | None:
 def _cell_text(mark: _Mark) -> np.ndarray | None:
     """What is written in the cells of a heatmap: its text, or its numbers where they are few."""
     if mark.text is not None:
-        return mark.text if mark.y.size <= 400 and max(map(len, mark.text.ravel()), default=0) <= 8 else None
+        return np.vectorize(lambda t: _cut(t, 8), otypes=[object])(mark.text) if mark.y.size <= 400 else None
     if mark.y.size > 80:
         return None
     return np.array([[f"{v:.2g}" if math.isfinite(v) else "" for v in row] for row in mark.y.tolist()])
@@ -773,7 +780,7 @@ def _paper_heatmap(axes: Any, layout: _Layout, mark: _Mark, text: Callable[[obje
 
 
 def _paper_axes(axes: Any, panel: _Panel, layout: _Layout, text: Callable[[object], str], inches: float) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     axes.spines[["top", "right"]].set_visible(False)
     for axis, side, scale, limits in (
@@ -782,16 +789,13 @@ def _paper_axes(axes: Any, panel: _Panel, layout: _Layout, text: Callable[[objec
     ):
         if axis.log:
             scale("log")
-            side.set_major_locator(LogLocator(subs=(1, 2, 5) if axis.decades < 2 else (1,), numticks=8))
-            side.set_major_formatter(FuncFormatter(lambda v, _: _number(v)))
-            side.set_minor_formatter(NullFormatter())
+            side.set_minor_locator(NullLocator())
         elif axis.whole:
             side.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
         if axis.ticks is not None:
             ticks = axis.shown(32 if inches > 5 else 16)
             labels = [text(label) for _, label in ticks]
             side.set_ticks([p for p, _ in ticks], labels)
-            side.set_tick_params(which="minor", length=0)
             if side is axes.xaxis and sum(map(len, labels)) > inches * 9:
                 side.set_tick_params(rotation=90 if len(ticks) > 12 else 40)
                 for label in axes.get_xticklabels():

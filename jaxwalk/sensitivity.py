@@ -9,10 +9,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxwalk.paths import path_log_prob, step_log_probs
-from jaxwalk.transformer import Tokens, Transformer, check_tokens, plain
+from jaxwalk.transformer import Segments, Tokens, Transformer, check_tokens, plain
 
 
 def token_vectors(model: Transformer, tokens: Tokens) -> Float[Array, "T D"]:
@@ -21,7 +21,7 @@ def token_vectors(model: Transformer, tokens: Tokens) -> Float[Array, "T D"]:
 
 
 def path_gradient(
-    model: Transformer, tokens: Tokens, given: int = 1, segments: Int[Array, " T"] | None = None
+    model: Transformer, tokens: Tokens, given: int = 1, segments: Segments | None = None
 ) -> Float[Array, "T D"]:
     """d log P(path | given) / d token vectors, in nats per unit of embedding space, through the walk only.
 
@@ -42,7 +42,7 @@ def path_gradient(
 
 
 def station_gradient(
-    model: Transformer, tokens: Tokens, given: int = 1, segments: Int[Array, " T"] | None = None
+    model: Transformer, tokens: Tokens, given: int = 1, segments: Segments | None = None
 ) -> Float[Array, "S T D"]:
     """d log P(path | given) / d nudge: the gradient at every station and position, in one backward pass."""
     tokens = check_tokens(model, tokens, model.max_length + 1)
@@ -51,9 +51,7 @@ def station_gradient(
     return jax.grad(lambda nudge: path_log_prob(model, tokens, given, nudge, segments))(nudge)
 
 
-def context_sensitivity(
-    model: Transformer, tokens: Tokens, segments: Int[Array, " T"] | None = None
-) -> Float[Array, "T T"]:
+def context_sensitivity(model: Transformer, tokens: Tokens, segments: Segments | None = None) -> Float[Array, "T T"]:
     """|d c_t / d token vector_j| in the Frobenius norm, row t, column j: how far moving a token moves each context.
 
     Computed row by row in reverse mode, so that memory is that of one row's Jacobian, [D, T, D], never
@@ -73,14 +71,14 @@ def context_sensitivity(
 
 
 def context_jvp(
-    model: Transformer, tokens: Tokens, tangents: Float[Array, "T D"], segments: Int[Array, " T"] | None = None
+    model: Transformer, tokens: Tokens, tangents: Float[Array, "T D"], segments: Segments | None = None
 ) -> Float[Array, "T D"]:
     """How the context vectors move when the token vectors move along `tangents`: J t, by forward mode."""
     return jax.jvp(_contexts(model, tokens, segments), (token_vectors(model, tokens),), (tangents,))[1]
 
 
 def context_vjp(
-    model: Transformer, tokens: Tokens, cotangents: Float[Array, "T D"], segments: Int[Array, " T"] | None = None
+    model: Transformer, tokens: Tokens, cotangents: Float[Array, "T D"], segments: Segments | None = None
 ) -> Float[Array, "T D"]:
     """How the token vectors would have to move to raise sum(cotangents * contexts) fastest: J' c, by reverse mode."""
     return _context_vjp(model, tokens, segments)(cotangents)

@@ -280,6 +280,7 @@ class SymbolVocabulary:
 
     @property
     def size(self) -> int:
+        """How many symbols there are."""
         return len(self.symbols)
 
     @functools.cached_property

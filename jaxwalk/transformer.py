@@ -37,6 +37,7 @@ from jaxwalk.filters import (
 )
 
 Filter = MLP | GatedMLP
+Segments = Int[Array, " T"] | Int[np.ndarray, " T"]
 Tokens = Int[Array, " T"] | Int[np.ndarray, " T"] | Sequence[int]
 
 
@@ -156,7 +157,7 @@ class Transformer(nnx.Module):
         self,
         tokens: Tokens,
         *,
-        segments: Int[Array, " T"] | None = None,
+        segments: Segments | None = None,
         nudge: Float[Array, "S T D"] | None = None,
         vectors: Float[Array, "T D"] | None = None,
         mixing: Mapping[int, Float[Array, "G T T"]] | None = None,

@@ -56,7 +56,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
     n, T = tokens.shape
     at = np.unique(np.linspace(min(1, T - 1), T - 1, min(positions, max(T - 1, 1))).round().astype(int))
     size = FLOATS // 4 // max(len(at) * V, (2 * model.depth + 1) * T * model.width)
-    size = max(1, min(128, n, size))
+    size = max(2, min(128, n, size))  # two, so that there is another path
     ks = tuple(k for k in KS if k < V)
     rng = np.random.default_rng(subject.seed)
     cycle = rng.permutation(V)
@@ -77,6 +77,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
         U = np.asarray(model.output_vectors, float)
         U = U - U.mean(0)
         norm = np.broadcast_to(0.5 * (U**2).sum(-1), (1, 1, V))
+        before: np.ndarray | None = None
         for batch, count in batches(tokens, size):
             context, log_p = (np.asarray(a[:count], float) for a in _contexts(model, batch, at))
             if not np.isfinite(context).all():
@@ -93,14 +94,18 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
             random *= np.linalg.norm(context, axis=-1, keepdims=True) / np.linalg.norm(random, axis=-1, keepdims=True)
             add("random_vector", random, U, log_p, top)
             add("permuted_tokens", context, U[permutation], log_p, top)
-            if count > 1:
-                add("other_context", np.roll(context, 1, axis=0), U, log_p, top)
+            before = context[-1:] if before is None else before
+            add("other_context", np.concatenate([before, context[:-1]]), U, log_p, top)
+            before = context[-1:]
 
     run(model, "")
     if subject.untrained is not None:
         run(subject.untrained, "untrained")
     per_path = {name: np.concatenate(parts) for name, parts in scores.items()}
     summary = {name: summarise(s.mean(0)) for name, s in per_path.items()}
+    names = (*NEARNESS, "norm")
+    draws = summarise(resampled_means(np.stack([per_path[f"{name}."] for name in names], axis=1), subject.seed))
+    ends = dict(zip(names, np.stack(percentiles(draws)).swapaxes(0, 1), strict=True))  # name -> [2, columns]
     nulls = [null for null in LABELS if null == "unigram" or f"distance.{null}" in summary]
 
     measured: dict[str, float] = {}
@@ -108,8 +113,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
     null: dict[str, float] = {}
     columns = ["share", "spearman", *(f"top{k}" for k in ks)]
     for name in ("distance", "cosine", "dot", "norm"):
-        draws = summarise(resampled_means(per_path[f"{name}."], subject.seed))
-        low, high = percentiles(draws)
+        low, high = ends[name]
         for c, what in enumerate(columns):
             if (name == "dot" and what != "share") or (name == "norm" and c > 1):
                 continue
@@ -139,7 +143,8 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
             if biased
             else "explains everything by construction, as there is no output bias: no evidence"
         ),
-        "distance": "-|c - u|^2 / 2",
+        "distance": "-|c - u|^2 / 2: over v it differs from the dot product by |u|^2 / 2 alone, in every context alike",
+        "other_context": "what it explains as well is how frequent tokens are, not what the context says",
         "norm": "|u|^2 / 2 alone, which knows nothing of the context",
         "centring": "the mean of U over v is subtracted from every u_v; c is left as it is",
         "context": "after the final norm",
@@ -192,15 +197,11 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
             f"({null['rotation_change.token_vectors_left']:.2f} if the token vectors are left)."
         )
 
-    names = (*NEARNESS, "norm")
     arrays: dict[str, np.ndarray] = {"predictor": np.array(names), "k": np.array(ks)}
 
-    def bars(what: str, column: int) -> tuple[Series, ...]:
+    def bars(what: str, column: int = 0) -> tuple[Series, ...]:
         arrays[what] = np.array([summary[f"{name}."][column] for name in names])
-        ends = [
-            percentiles(summarise(resampled_means(per_path[f"{name}."], subject.seed))[:, column]) for name in names
-        ]
-        arrays[f"{what}_low"], arrays[f"{what}_high"] = np.array(ends).T
+        arrays[f"{what}_low"], arrays[f"{what}_high"] = np.array([ends[name][:, column] for name in names]).T
         series = [Series("this model", what, "predictor", style="bars", low=f"{what}_low", high=f"{what}_high")]
         for other in nulls:
             if other == "unigram":
@@ -218,7 +219,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
             + ("" if biased else " (the dot product does by construction; the question is what nearness keeps of it)"),
             "predictor",
             "share of the variance over v",
-            bars("explained", 0),
+            bars("explained"),
             references={"unigram log-frequency": float(summary["unigram"][0])},
         )
     ]
@@ -254,7 +255,8 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
             f"[{interval['share_distance'][0]:.3f}, {interval['share_distance'][1]:.3f}] of the variance of "
             f"log-probabilities and cosine {measured['share_cosine']:.3f} (dot {measured['share_dot']:.3f}"
             f"{'' if biased else ' by construction'}; distance of a random vector "
-            f"{null['share_distance.random_vector']:.3f}{share}); the nearest token is the most probable in "
+            f"{null['share_distance.random_vector']:.3f}, of another path's context "
+            f"{null['share_distance.other_context']:.3f}{share}); the nearest token is the most probable in "
             f"{measured[f'top{k}_distance']:.1%} of contexts "
             f"(random vector {null[f'top{k}_distance.random_vector']:.1%}, unigram "
             f"{null[f'top{k}_distance.unigram']:.1%}{beside}).{said}{untrained_too}"
@@ -456,8 +458,7 @@ def _times(rows: Any, R: np.ndarray, dtype: Any = None) -> Array:
     return jnp.asarray(np.asarray(rows, float) @ R, rows.dtype if dtype is None else dtype)
 
 
-def _scale_and_bias(norm: Norm | None) -> tuple[np.ndarray, np.ndarray | None]:
-    assert norm is not None
+def _scale_and_bias(norm: Norm) -> tuple[np.ndarray, np.ndarray | None]:
     bias = getattr(norm, "bias", None)
     return np.asarray(norm.scale, float), None if bias is None else np.asarray(bias, float)
 

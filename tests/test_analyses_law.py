@@ -1,0 +1,428 @@
+"""The analyses of the path law, held against models whose law is known, brute force, and planted faults."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+import jaxwalk as jw
+from jaxwalk.analyses import NotApplicable, Subject, analyse
+from jaxwalk.analyses import _statistics as statistics
+from jaxwalk.analyses.path_law import NGram, _observe, fit_ngrams
+from jaxwalk.config import ConfigError
+from tests.conftest import model_of
+
+# A chain of order one that forbids 0 -> 2, and one in which every token mostly repeats.
+FORBIDS = np.array([[0.6, 0.4, 0.0], [0.1, 0.2, 0.7], [0.5, 0.3, 0.2]])
+PERSISTS = np.full((3, 3), 0.05) + 0.85 * np.eye(3)
+
+
+@functools.cache
+def chain(name):
+    law = {"forbids": FORBIDS, "persists": PERSISTS}[name]
+    return jw.worlds.HiddenMarkov(np.einsum("iv,jv->vij", law, np.eye(len(law))))
+
+
+def markov_model(law, max_length, sharpness=1.0):
+    """A model whose law is exactly that of the chain: one-hot token vectors, log transitions as output vectors."""
+    V = len(law)
+    config = jw.ModelConfig(V, max_length, width=V, depth=1, aggregate="identity", filter=None, positions="none")
+    model = jw.init(config, jax.random.key(0))
+    layer = model.layers[0]
+    silent = jax.tree.map(jnp.zeros_like, layer.aggregate.out)
+    log_law = np.where(law > 0, np.log(np.where(law > 0, law, 1)), -1e4)
+    return dataclasses.replace(
+        model,
+        embed=dataclasses.replace(model.embed, table=jnp.eye(V)),
+        unembed=dataclasses.replace(model.unembed, weight=jnp.asarray(sharpness * log_law.T, jnp.float32)),
+        layers=(dataclasses.replace(layer, aggregate=dataclasses.replace(layer.aggregate, out=silent)),),
+        norm=None,
+    )
+
+
+@functools.cache
+def exact_subject(name="forbids", max_length=12):
+    law = {"forbids": FORBIDS, "persists": PERSISTS}[name]
+    return Subject(
+        model=markov_model(law, max_length),
+        untrained=markov_model(np.full((3, 3), 1 / 3), max_length),
+        world=chain(name),
+        prompt=np.array([0, 1, 2]),
+    )
+
+
+@functools.cache
+def found(analysis, name="forbids"):
+    return analyse(analysis, exact_subject(name))
+
+
+class Store:
+    """Text that a chain wrote: windows of one document each."""
+
+    def __init__(self, law):
+        self.law = law
+
+    def batch(self, seed, step, batch_size, length, split="train"):
+        rng = np.random.default_rng([seed, step, split == "train"])
+        tokens = np.zeros((batch_size, length), np.int32)
+        for t in range(1, length):
+            cumulative = self.law[tokens[:, t - 1]].cumsum(axis=1)
+            tokens[:, t] = (rng.random((batch_size, 1)) > cumulative).sum(axis=1).clip(max=len(self.law) - 1)
+        return tokens, np.ones_like(tokens)
+
+    def bytes_per_token(self, split="validation"):
+        return 2.0
+
+
+def world_probability(world, path):
+    """By matrix products in float64, independent of the library's recursion."""
+    belief = world.initial
+    for v in path:
+        belief = belief @ world.transitions[v]
+    return float(belief.sum())
+
+
+# path_law
+
+
+def test_an_exact_model_has_no_excess_and_no_mass_off_the_support():
+    finding = found("path_law")
+    assert abs(finding.measured["excess_loss"]) < 1e-6
+    assert abs(finding.measured["kl_total"]) < 1e-5
+    assert finding.measured["mass_off_support"] == 0
+    assert finding.measured["total_mass"] == pytest.approx(1, abs=1e-5)
+    assert finding.measured["calibration_error"] < 1e-6
+    assert finding.measured["top_calibration_error"] < 1e-6
+    assert finding.measured["g_test_p"] > 1e-4
+    assert finding.null["g_test_p.untrained"] < 1e-10
+    assert finding.null["mass_off_support.untrained"] > 0.1
+    assert finding.null["untrained"] == pytest.approx(finding.null["uniform"], rel=1e-5)
+    assert 0 < finding.null["ngram"] < 1e-3
+    assert finding.conventions["ngram"].startswith("order 1")
+
+
+def test_excess_mass_and_total_equal_brute_force_over_all_paths():
+    world, model = chain("forbids"), model_of(vocab_size=3, max_length=5)
+    finding = analyse("path_law", Subject(model, world=world), samples=200)
+    paths = np.array(list(itertools.product(range(3), repeat=6)))
+    log_model = np.asarray(jax.jit(jax.vmap(jw.path_log_prob, (None, 0)))(model, paths), float)
+    given = np.array([world_probability(world, p[:1]) for p in paths])
+    joint = np.array([world_probability(world, p) for p in paths])
+    allowed = joint > 0
+    kl = np.sum(joint[allowed] * (np.log(joint[allowed] / given[allowed]) - log_model[allowed]))
+    assert finding.measured["excess_loss"] == pytest.approx(kl / 5, rel=1e-5)
+    assert "excess_loss" not in finding.interval  # nothing was sampled
+
+    # Over paths of 5 tokens: sums over the last token.
+    shorter = {tuple(p[:5]): 0.0 for p in paths}
+    for path, mass in zip(paths, given * np.exp(log_model), strict=True):
+        shorter[tuple(path[:5])] += mass
+    off = sum(mass for path, mass in shorter.items() if world_probability(world, path) == 0)
+    assert finding.measured["mass_off_support"] == pytest.approx(off, rel=1e-4)
+    assert finding.measured["total_mass"] == pytest.approx(1, abs=1e-5)
+    assert finding.measured["kl_total"] == pytest.approx(finding.arrays["kl_model"][:4].sum(), rel=1e-5)
+
+
+def test_what_is_not_enumerated_is_sampled_without_bias():
+    subject = Subject(model_of(vocab_size=3, max_length=7), world=chain("forbids"))
+    exact = analyse("path_law", subject, enumerated=3**7, samples=200)
+    partly = analyse("path_law", subject, enumerated=3, samples=200, paths=1024)
+    low, high = partly.interval["excess_loss"]
+    assert low < partly.measured["excess_loss"] < high
+    assert abs(partly.measured["excess_loss"] - exact.measured["excess_loss"]) < 1.5 * (high - low)
+    assert (partly.arrays["kl_model"] >= 0).all()
+    assert partly.arrays["kl_model"][0] == pytest.approx(exact.arrays["kl_model"][0], rel=1e-5)
+    light = analyse("path_law", subject, light=True)
+    assert set(light.null) >= {"uniform"}
+    assert light.measured["excess_loss"] == pytest.approx(exact.measured["excess_loss"], rel=0.2)
+
+
+def test_planted_overconfidence_is_found_on_a_world_and_on_text():
+    for data in ({"world": chain("persists")}, {"store": Store(PERSISTS)}):
+        honest = analyse("path_law", Subject(markov_model(PERSISTS, 12), **data), samples=200)
+        sharp = analyse("path_law", Subject(markov_model(PERSISTS, 12, sharpness=3.0), **data), samples=200)
+        for key in ("calibration_error", "top_calibration_error"):
+            assert honest.measured[key] <= 3 * honest.null[f"{key}.calibrated"] + 1e-6
+            assert sharp.measured[key] > 0.05
+            assert sharp.interval[key][0] > 3 * sharp.null[f"{key}.calibrated"]
+
+
+def test_the_expected_calibration_error_of_a_calibrated_model_is_what_one_scores():
+    scores, expected = [], []
+    for seed in range(6):
+        subject = Subject(markov_model(FORBIDS, 12), store=Store(FORBIDS), seed=seed)
+        finding = analyse("path_law", subject, light=True)
+        scores.append(finding.measured["top_calibration_error"])
+        expected.append(finding.null["top_calibration_error.calibrated"])
+    assert 0.5 < np.mean(scores) / np.mean(expected) < 2
+
+
+def test_text_is_measured_in_nats_and_bits_per_byte_against_ngrams():
+    finding = analyse("path_law", Subject(markov_model(PERSISTS, 12), store=Store(PERSISTS)), paths=512)
+    entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.05))
+    low, high = finding.interval["loss"]
+    assert low < finding.measured["loss"] < high
+    assert abs(finding.measured["loss"] - entropy) < 2 * (high - low)
+    assert finding.measured["bits_per_byte"] == pytest.approx(finding.measured["loss"] / math.log(2) / 2)
+    assert "excess_loss" not in finding.measured
+    assert finding.null["ngram"] == pytest.approx(finding.measured["loss"], abs=0.01)
+    # Windows begin with token 0, and so are not stationary: the unigram loss lies a little below log 3.
+    assert finding.measured["loss"] + 0.4 < finding.null["unigram"] < math.log(3) + 0.05
+    assert finding.null["bits_per_byte.unigram"] == pytest.approx(finding.null["unigram"] / math.log(2) / 2)
+
+
+def test_ngrams_count_inside_documents_and_fall_back_to_what_was_seen():
+    tokens = np.array([[0, 1, 1, 0, 0, 0]])
+    segments = np.array([[1, 1, 1, 2, 2, 0]])  # steps 0-1, 1-1 and 0-0; the last token is padding
+    ngram = fit_ngrams(tokens, segments, V=3, order=2, smoothing=2.0)
+    unigram = (np.array([1, 2, 0]) + 2 / 3) / 5
+    after_0 = (np.array([1, 1, 0]) + 2 * unigram) / 4
+    after_1 = (np.array([0, 1, 0]) + 2 * unigram) / 3
+    after_01 = (np.array([0, 1, 0]) + 2 * after_1) / 3
+    laws = np.exp(ngram(jnp.array([2, 0, 1, 2, 1, 0])))
+    expected = [unigram, after_0, after_01, unigram, after_1, after_0]
+    np.testing.assert_allclose(laws, expected, rtol=1e-5)
+
+
+def test_ngram_laws_are_laws():
+    tokens = np.random.default_rng(0).integers(0, 4, (50, 9))
+    ngram = fit_ngrams(tokens, np.ones_like(tokens), V=4, order=3, smoothing=1.0)
+    assert isinstance(ngram, NGram)
+    for law in ngram.laws:
+        np.testing.assert_allclose(np.exp(law).sum(axis=1), 1, rtol=1e-5)
+    assert len(ngram.laws) == 4
+
+
+# Statistics
+
+
+def test_the_chi_square_tail_and_the_g_test_are_those_of_scipy():
+    for dof in (1, 2, 5, 20, 121):
+        for x in (0.0, 0.3, 4.0, 20.0, 150.0):
+            assert statistics.chi_square_tail(x, dof) == pytest.approx(
+                scipy.stats.chi2.sf(x, dof), rel=1e-9, abs=1e-300
+            )
+    counts, law = np.array([30, 50, 20]), np.array([0.25, 0.5, 0.25])
+    G, dof, p = statistics.g_test(counts, law)
+    expected = scipy.stats.power_divergence(counts, 100 * law, lambda_="log-likelihood")
+    assert (G, p) == (pytest.approx(expected.statistic), pytest.approx(expected.pvalue))
+    assert dof == 2
+
+
+def test_the_g_test_rejects_at_its_level_with_rare_cells_pooled():
+    rng = np.random.default_rng(0)
+    law = rng.dirichlet(np.full(60, 0.3))
+    ps = np.array([statistics.g_test(rng.multinomial(500, law), law)[2] for _ in range(400)])
+    assert 0.42 < ps.mean() < 0.58
+    assert (ps < 0.05).mean() < 0.1
+    other = rng.dirichlet(np.full(60, 0.3))
+    assert statistics.g_test(rng.multinomial(500, other), law)[2] < 1e-10
+    with pytest.raises(ValueError, match="at least 2 cells"):
+        statistics.g_test(np.array([10, 0]), np.array([1.0, 0.0]))
+
+
+# narrowing
+
+
+def test_an_exact_model_narrows_as_the_world_does():
+    finding = found("narrowing")
+    assert finding.measured["entropy_error"] < 1e-5
+    assert finding.measured["narrowing"] == pytest.approx(finding.null["world"], abs=1e-5)
+    assert finding.measured["excess_at_end"] < 1e-6
+    assert finding.measured["chain_rule_error"] < 1e-5
+    assert finding.null["chain_rule_error.other_context"] > 0.1
+    np.testing.assert_allclose(finding.arrays["loss_model"], finding.arrays["loss_ideal"], atol=1e-5)
+    assert finding.null["path_entropy.untrained"] == pytest.approx(finding.null["path_entropy.uniform"], rel=1e-5)
+    assert finding.measured["effective_paths"] == pytest.approx(math.exp(finding.measured["path_entropy"]))
+
+
+def test_path_entropies_are_those_of_the_library_at_every_context_length():
+    subject = Subject(model_of(vocab_size=3, max_length=12), world=chain("forbids"))
+    finding = analyse("narrowing", subject, contexts=8, paths=8)
+    paths, steps = subject.paths(8, 13), finding.conventions["steps"]
+    for i, length in enumerate(finding.conventions["context_lengths"][:2]):
+        for row in range(2):
+            entropy = jw.path_entropy(subject.model, paths[row, :length], steps).value
+            assert finding.arrays["entropy_per_path"][row, i] == pytest.approx(float(entropy), rel=1e-4)
+    assert finding.measured["chain_rule_error"] < 1e-5
+
+
+def test_sampled_path_entropies_agree_with_enumerated_ones():
+    subject = Subject(model_of(vocab_size=3, max_length=12), world=chain("forbids"))
+    exact = analyse("narrowing", subject, contexts=400, paths=400, steps=3)
+    sampled = analyse("narrowing", subject, contexts=400, paths=400, steps=3, enumerated=2)
+    assert "enumeration" in exact.conventions["narrowing"]
+    assert "sampled" in sampled.conventions["narrowing"]
+    gap = np.abs(sampled.arrays["entropy_model"] - exact.arrays["entropy_model"])
+    width = sampled.arrays["entropy_model_high"] - sampled.arrays["entropy_model_low"]
+    assert (gap < 1.5 * width + 1e-4).all()
+    assert "world" not in sampled.null
+    assert "entropy_error" not in sampled.measured
+
+
+def test_shuffling_costs_a_process_that_needs_order_and_not_a_model_that_is_blind_to_it():
+    finding = found("narrowing", "persists")
+    assert finding.interval["shuffle_cost"][0] > 0.05
+    assert abs(finding.null["shuffle_cost.untrained"]) < 1e-6
+    on_text = analyse("narrowing", Subject(markov_model(PERSISTS, 12), store=Store(PERSISTS)))
+    assert on_text.interval["shuffle_cost"][0] > 0.05
+    assert on_text.conventions["context_lengths"][0] == 2
+    assert "excess_at_end" not in on_text.measured
+
+
+def test_more_context_narrows_where_the_state_is_hidden():
+    world = jw.worlds.make("z1r")
+    finding = analyse("narrowing", Subject(model_of(vocab_size=2, max_length=12), world=world), light=True)
+    assert finding.null["world"] > 0.1
+    assert finding.null["loss_gain.ideal"] > 0.1
+    assert finding.measured["entropy_error"] > 0.1  # an untrained model does not
+
+
+# training_walk
+
+
+def test_training_walk_follows_a_known_series_and_compiles_nothing_twice():
+    sharpness = {0: 0.0, 10: 0.5, 100: 1.0}
+    load = {step: markov_model(FORBIDS, 12, s) for step, s in sharpness.items()}
+    subject = dataclasses.replace(exact_subject(), series=tuple(load), load_step=load.__getitem__)
+    scalars = ("path_law.excess_loss", "narrowing.entropy_error")
+    analyse("training_walk", subject, scalars=scalars)
+    before = _observe._cache_size()
+    finding = analyse("training_walk", subject, scalars=scalars)
+    assert _observe._cache_size() == before
+    values = finding.arrays["path_law.excess_loss"]
+    expected = [analyse("path_law", subject.at_step(s), light=True).measured["excess_loss"] for s in load]
+    np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-9)
+    assert values[0] > values[1] > values[2]
+    assert values[2] == pytest.approx(0, abs=1e-6)
+    assert finding.measured["path_law.excess_loss.last"] == values[2]
+    assert finding.null["path_law.excess_loss.untrained"] == values[0]
+    assert finding.null["narrowing.entropy_error.untrained"] > 0.1
+    assert list(finding.arrays["step"]) == [0, 10, 100]
+    assert finding.arrays["step_shown"][0] == 5
+    assert len(finding.figures) == 2
+
+
+def test_training_walk_says_what_it_cannot_follow():
+    subject = exact_subject()
+    with pytest.raises(NotApplicable, match="at least 2 kept steps"):
+        analyse("training_walk", subject)
+    load = {0: subject.untrained, 5: subject.model}
+    subject = dataclasses.replace(subject, series=(0, 5), load_step=load.__getitem__)
+    for scalars, message in {
+        ("path_law.exces_loss",): "excess_loss",
+        ("pathlaw.excess_loss",): "path_law",
+        ("training_walk.x",): "training_walk",
+        ("path_law",): "analysis.number",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            analyse("training_walk", subject, scalars=scalars)
+    on_text = dataclasses.replace(subject, world=None, store=Store(FORBIDS))
+    finding = analyse("training_walk", on_text)
+    assert list(finding.measured) == ["path_law.loss.first", "path_law.loss.last"]
+    assert "belief_geometry" in finding.conventions["left out"]
+    with pytest.raises(NotApplicable, match="no world"):
+        analyse("training_walk", on_text, scalars=("belief_geometry.r2",))
+
+
+# prompt
+
+
+def test_prompt_finds_the_best_paths_and_the_exact_numbers():
+    world, model, prompt = chain("forbids"), model_of(vocab_size=3, max_length=12), np.array([1, 2, 0, 1])
+    subject = Subject(model, untrained=model, world=world, prompt=prompt)
+    finding = analyse("prompt", subject, steps=4, k=5, samples=3)
+    after = np.array(list(itertools.product(range(3), repeat=4)))
+    rows = np.concatenate([np.tile(prompt, (81, 1)), after], axis=1)
+    log_p = np.asarray(jax.jit(jax.vmap(functools.partial(jw.path_log_prob, given=4), (None, 0)))(model, rows), float)
+    order = np.argsort(-log_p)[:5]
+    np.testing.assert_array_equal(finding.arrays["top_tokens"], after[order])
+    np.testing.assert_allclose(finding.arrays["top_log_probs"], log_p[order], atol=1e-5)
+    assert finding.conventions["top_paths"].startswith("5 of 5")
+    assert finding.measured["top_paths_mass"] == pytest.approx(np.exp(log_p[order]).sum(), rel=1e-4)
+    assert finding.measured["path_entropy"] == pytest.approx(-np.sum(np.exp(log_p) * log_p), rel=1e-5)
+    exact = np.array([world_probability(world, row) for row in rows]) / world_probability(world, prompt)
+    exact = exact[exact > 0]
+    assert finding.null["world"] == pytest.approx(-np.sum(exact * np.log(exact)), rel=1e-5)
+    assert finding.null["untrained"] == pytest.approx(finding.measured["path_entropy"])
+    given = world_probability(world, prompt[:1])
+    truth = math.log(world_probability(world, prompt) / given)
+    assert finding.null["prompt_log_prob.world"] == pytest.approx(truth, rel=1e-5)
+    assert finding.measured["prompt_log_prob"] == pytest.approx(float(jw.path_log_prob(model, prompt)), rel=1e-5)
+    np.testing.assert_allclose(
+        finding.arrays["sensitivity"], jw.context_sensitivity(model, prompt), rtol=1e-4, atol=1e-6
+    )
+    assert finding.arrays["sampled_tokens"].shape == (3, 4)
+
+
+def test_prompt_of_a_long_context_has_the_last_row_of_sensitivities_only(monkeypatch):
+    monkeypatch.setattr("jaxwalk.analyses.prompt.SENSITIVITY_BUDGET", 0)
+    model, prompt = model_of(vocab_size=3, max_length=12), np.array([1, 2, 0, 1])
+    finding = analyse("prompt", Subject(model, prompt=prompt), steps=2)
+    expected = jw.context_sensitivity(model, prompt)[-1:]
+    np.testing.assert_allclose(finding.arrays["sensitivity"], expected, rtol=1e-4)
+    assert "last context vector only" in finding.conventions["sensitivity"]
+    assert list(finding.null) == [
+        "uniform",
+        "next_entropy.uniform",
+        "prompt_log_prob.uniform",
+        "top_paths_mass.uniform",
+    ]
+
+
+def test_prompt_steps_end_where_the_model_does_and_a_forbidden_prompt_is_said_to_be_one():
+    subject = dataclasses.replace(exact_subject(), prompt=np.array([0, 2, *[1] * 10]))
+    finding = analyse("prompt", subject)
+    assert finding.conventions["steps"] == 1
+    assert "forbids this prompt" in finding.conventions["world"]
+    assert "world" not in finding.null
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"), [(None, "no prompt"), ([0] * 13, "max_length"), ([5], "ids"), ([], "empty")]
+)
+def test_prompt_says_why_it_does_not_apply(prompt, reason):
+    tokens = None if prompt is None else np.array(prompt, np.int32)
+    with pytest.raises(NotApplicable, match=reason):
+        analyse("prompt", dataclasses.replace(exact_subject(), prompt=tokens))
+
+
+# All of them
+
+
+@pytest.mark.parametrize("name", ["path_law", "narrowing", "prompt"])
+def test_findings_are_strict_json_with_intervals_around_their_numbers(name):
+    finding = found(name)
+    data = json.loads(json.dumps(finding.to_dict(), allow_nan=False))
+    assert all(value is not None for value in [*data["measured"].values(), *data["null"].values()])
+    for key, (low, high) in data["interval"].items():
+        assert low - 1e-9 <= data["measured"][key] <= high + 1e-9, key
+    assert data["verdict"].endswith(".")
+    assert data["conventions"]["units"]
+    assert finding.figures
+
+
+@pytest.mark.parametrize("name", ["path_law", "narrowing"])
+def test_data_is_needed_and_must_fit_the_model(name):
+    with pytest.raises(NotApplicable, match="world, or a store"):
+        analyse(name, Subject(model_of()))
+    with pytest.raises(NotApplicable, match="3 tokens and the model 5"):
+        analyse(name, Subject(model_of(), world=chain("forbids")))
+
+
+def test_documents_shorter_than_the_model_are_analysed_at_their_length():
+    class Short(Store):
+        def batch(self, seed, step, batch_size, length, split="train"):
+            tokens, segments = super().batch(seed, step, batch_size, length, split)
+            return tokens, segments + np.arange(length) // 8
+
+    subject = Subject(markov_model(PERSISTS, 12), store=Short(PERSISTS))
+    finding = analyse("path_law", subject, light=True)
+    assert finding.conventions["tokens_per_path"] == 7
