@@ -232,6 +232,7 @@ def write(
         plot.file = name
         try:
             plot.layout = _lay_out(plot.figure, plot.arrays)
+            plot.spec = _interactive(plot.layout)
         except Exception as error:
             plot.problem = f"{type(error).__name__}: {error}"
             notices.append(f"figure {name} of {plot.owner}: not drawn, {plot.problem}")
@@ -369,6 +370,8 @@ class _Plot:
     arrays: Mapping[str, np.ndarray]
     file: str = ""
     layout: _Layout | None = None
+    spec: dict[str, Any] | None = None
+    """For plotly.js."""
     problem: str = ""
 
     @property
@@ -972,35 +975,47 @@ def _heat_trace(layout: _Layout, panel: _Panel, mark: _Mark, x_name: str, y_name
     return trace
 
 
+# Matplotlib's RdBu_r, which plotly's scale of a like name is not.
+_DIVERGING = [[0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#f7f7f7"], [0.75, "#f4a582"], [1, "#b2182b"]]
+
+
 def _page_layout(layout: _Layout, *, narrow: bool) -> dict[str, Any]:
     n = len(layout.panels)
     columns = layout.columns((1 if not layout.figure.equal_aspect or n <= 3 else 2) if narrow else (3 if n != 4 else 4))
     rows = math.ceil(n / columns)
     bare = not (layout.panels[0].x.drawn or layout.panels[0].y.drawn)
     gap_x = 0.03 if bare else (0.12 if layout.heat else 0.07)
-    gap_y = (0.12 if bare else 0.3) / rows if rows > 1 else 0.0
     titled, keyed = n > 1, bool(layout.keyed or layout.references)
     aspect = None
     if layout.figure.equal_aspect and not layout.heat:
         first = layout.panels[0]
         aspect = float(np.clip((first.y.high - first.y.low) / (first.x.high - first.x.low), 0.3, 1.6))
-    height: float = 300 if n > 1 else (320 if narrow else 380)
+    height: float = (240 if narrow else 300) if n > 1 else (320 if narrow else 380)
     if layout.heat:
         most = max(len(m.y) for p in layout.panels for m in p.marks)
         height = float(np.clip(22 * most + 70, 180, 560))
+    # Between rows of panels there is place for what stands under and over them, as a share of a panel's height.
+    between = (36 if bare else 96 if layout.heat else 72) / height
+    gap_y = between / (rows + (rows - 1) * between)
+    barred = narrow and layout.colours is not None
+    above = (30 if titled else 12) + (26 if keyed and titled else 0) + (44 if barred else 0)
     result: dict[str, Any] = {
         # For the page's own script: the height follows from the width where the aspect is fixed.
-        "meta": {"columns": columns, "rows": rows, "aspect": aspect, "height": height, "bare": bare, "gap": gap_x},
+        "meta": {
+            "columns": columns,
+            "rows": rows,
+            "aspect": aspect,
+            "height": height,
+            "bare": bare,
+            "gap": gap_x,
+            "between": between,
+            "cells": columns * max(_cells_width(m) for p in layout.panels for m in p.marks),
+        },
         "barmode": "overlay",
         "hovermode": "closest",
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {
-            "l": 8 if bare else 12,
-            "r": 12,
-            "t": (30 if titled else 12) + (26 if keyed and titled else 0),
-            "b": 10,
-        },
+        "margin": {"l": 8 if bare else 12, "r": 12, "t": above, "b": 10},
         "legend": {
             "orientation": "h",
             "x": 0,
@@ -1060,19 +1075,26 @@ def _page_layout(layout: _Layout, *, narrow: bool) -> dict[str, Any]:
         if narrow:
             bar |= {
                 "orientation": "h",
-                "y": 1.02,
-                "yanchor": "bottom",
-                "title": {"text": "", "side": "top"},
+                "yref": "container",
+                "y": 1,
+                "yanchor": "top",
+                "ypad": 0,
+                "title": {"text": ""},
                 "len": 0.9,
             }
         result["coloraxis"] = {
             "cmin": layout.colours[0],
             "cmax": layout.colours[1],
-            "colorscale": "RdBu" if layout.diverging else "Viridis",
-            "reversescale": layout.diverging,
+            "colorscale": _DIVERGING if layout.diverging else "Viridis",
             "colorbar": bar,
         }
     return result
+
+
+def _cells_width(mark: _Mark) -> int:
+    """Pixels that the writing in a heatmap's cells needs, side by side."""
+    cells = _cell_text(mark) if mark.series.style == "heatmap" else None
+    return 0 if cells is None else 8 * cells.shape[1] * max(map(len, cells.ravel()), default=0)
 
 
 def _page_axis(axis: _Axis, most: int) -> dict[str, Any]:
@@ -1088,11 +1110,6 @@ def _page_axis(axis: _Axis, most: int) -> dict[str, Any]:
         "ticks": "",
         "visible": axis.drawn,
     }
-    if axis.log:
-        result |= {
-            "dtick": "D2" if axis.decades < 2 else max(1, math.ceil(axis.decades / 8)),
-            "exponentformat": "power",
-        }
     if axis.ticks is not None:
         ticks = axis.shown(most)
         result |= {"tickvals": [p for p, _ in ticks], "ticktext": [_pseudo(t) for _, t in ticks]}
@@ -1173,6 +1190,10 @@ footer { color: var(--soft); font-size: .88rem; padding-block: 6px 40px; }
   dt { margin-top: 8px; font-size: .85rem; }
   .facts dl { grid-template-columns: 1fr 1fr; gap: 10px 14px; }
   .facts dt { margin-top: 0; }
+  table { font-size: .88rem; }
+  .numbers td, .numbers th { padding-right: 0; }
+  .numbers td:first-child { overflow-wrap: anywhere; }
+  .numbers td + td, .numbers th + th { padding-left: 9px; }
 }
 @media print { body { background: none; } .card { break-inside: avoid; border-color: #ccc; } }
 """
@@ -1192,29 +1213,39 @@ _SCRIPT = """
     } catch { return false; }
   })();
   const drawn = new Map();
+  const lighter = (colour) => "#" + [1, 3, 5].map((k) =>
+    Math.round(90 + parseInt(colour.slice(k, k + 2), 16) * 165 / 255).toString(16)).join("");
 
   function draw(place) {
     const width = place.clientWidth;
     if (!width) return;
-    const spec = specs[place.dataset.figure];
-    const layout = structuredClone(width < 560 ? spec.narrow : spec.wide);
-    const { columns, rows, aspect, height, bare, gap } = layout.meta;
+    const spec = specs[place.dataset.figure], narrow = width < 560;
+    const layout = structuredClone(narrow ? spec.narrow : spec.wide);
+    const { columns, rows, aspect, height, bare, gap, between, cells } = layout.meta;
     const style = getComputedStyle(document.documentElement);
     const ink = style.getPropertyValue("--ink").trim(), card = style.getPropertyValue("--card").trim();
     const soft = style.getPropertyValue("--soft").trim(), edge = style.getPropertyValue("--edge").trim();
     layout.width = width;
     const panel = (width - 20 - (bare ? 0 : 60)) * (1 - gap * (columns - 1)) / columns;
     const tall = aspect ? Math.min(panel * aspect, 560) : height;
-    layout.height = Math.round(rows * tall + (bare ? 8 : aspect ? 60 : 0) + layout.margin.t + (rows - 1) * 24);
+    layout.height = Math.round(tall * (rows + (rows - 1) * between) + (bare ? 8 : 50) + layout.margin.t);
     layout.font = { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: soft };
     layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink };
     layout.hoverlabel = { bgcolor: card, bordercolor: edge, font: { color: ink }, align: "left" };
     layout.legend.font = { color: ink, size: 12.5 };
     layout.annotations.forEach((a) => { a.font.color = ink; });
     layout.dragmode = touch ? false : "zoom";
-    const data = webgl ? spec.data : spec.data.map((t) => t.type === "scattergl" ? { ...t, type: "scatter" } : t);
+    const data = spec.data.map((trace) => {
+      const t = { ...trace };
+      if (t.type === "scattergl" && !webgl) t.type = "scatter";
+      if (t.texttemplate && width - 130 < cells) delete t.texttemplate;
+      // The points' own colours are made for a white page: on a dark one pure blue would be lost.
+      if (night.matches && Array.isArray(t.marker?.color) && typeof t.marker.color[0] === "string")
+        t.marker = { ...t.marker, color: t.marker.color.map(lighter) };
+      return t;
+    });
     drawn.set(place, width);
-    Plotly.react(place, data, layout, { displaylogo: false, displayModeBar: touch ? false : "hover",
+    Plotly.react(place, data, layout, { displaylogo: false, displayModeBar: touch || narrow ? false : "hover",
       // Named one by one: by default there is one that sends the figure to plotly's cloud.
       modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]], plotlyServerURL: "", scrollZoom: false,
       responsive: false,
@@ -1255,13 +1286,9 @@ def _page(
     specs: list[dict[str, Any]] = []
 
     def plot(p: _Plot) -> str:
-        try:
-            if p.layout is None:
-                raise ValueError(p.problem)
-            spec = _interactive(p.layout)
-        except Exception as error:
-            return f'<p class="problem">This figure was not drawn: {_html(p.problem or error)}</p>'
-        specs.append(spec)
+        if p.layout is None or p.spec is None:
+            return f'<p class="problem">This figure was not drawn: {_html(p.problem)}</p>'
+        specs.append(p.spec)
         notes = "".join(f'<p class="note">{_html(note)}</p>' for note in p.layout.notes)
         return (
             f'<div class="plot" role="img" aria-label="{_html(p.figure.title)}" data-figure="{len(specs) - 1}"'
@@ -1333,7 +1360,7 @@ def _page(
 
 def _opening(plots: Sequence[_Plot]) -> _Plot | None:
     """The figure that opens the page."""
-    drawable = [p for p in plots if p.layout is not None]
+    drawable = [p for p in plots if p.spec is not None]
     return next((p for p in drawable if p.owner == OPENING), drawable[0] if drawable else None)
 
 

@@ -84,12 +84,12 @@ def context_vjp(
     return _context_vjp(model, tokens, segments)(cotangents)
 
 
-def _contexts(model: Transformer, tokens: Tokens, segments: Array | None) -> Callable[[Array], Array]:
+def _contexts(model: Transformer, tokens: Tokens, segments: Segments | None) -> Callable[[Array], Array]:
     """The function that is differentiated: token vectors [T, D] -> context vectors [T, D]."""
     model = plain(model)
     return lambda vectors: model.walk(tokens, vectors=vectors, segments=segments).context
 
 
-def _context_vjp(model: Transformer, tokens: Tokens, segments: Array | None) -> Callable[[Array], Array]:
+def _context_vjp(model: Transformer, tokens: Tokens, segments: Segments | None) -> Callable[[Array], Array]:
     pull = jax.vjp(_contexts(model, tokens, segments), token_vectors(model, tokens))[1]
     return lambda cotangents: pull(cotangents)[0]

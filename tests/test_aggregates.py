@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import float64, normal, perturbed, to64
 
 import jaxwalk as jw
 from jaxwalk.aggregates._contract import causal_mask, runs_and_positions
 from jaxwalk.config import ConfigError
+from tests.conftest import float64, normal, perturbed, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 

@@ -156,10 +156,10 @@ def test_nearness_by_hand_and_the_identity():
 
 def test_scores_by_hand():
     log_p = np.array([[[1.0, 0, -1, 0], [3, -1, -1, -1]]])
-    top = [proximity.largest(log_p, k) for k in (1, 2)]
-    same = proximity.summarise(proximity.score(2 * log_p + 5, log_p, top).mean(0))
+    law = proximity.Law.of(log_p + 3, (1, 2))
+    same = proximity.summarise(proximity.score(2 * log_p + 5, law).mean(0))
     np.testing.assert_allclose(same, [1, 1, 1, 1])
-    opposite = proximity.summarise(proximity.score(-log_p, log_p, top).mean(0))
+    opposite = proximity.summarise(proximity.score(-log_p, law).mean(0))
     assert opposite[0] == -1
     assert opposite[2] == 0
 

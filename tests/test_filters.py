@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import float64, normal, perturbed, to64
 from scipy.special import erf
 
 from jaxwalk import filters as f
+from tests.conftest import float64, normal, perturbed, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 D, E = 8, 12

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import float64, model_of, to64
 from scipy import stats
 
 import jaxwalk as jw
 from jaxwalk import paths as paths_module
 from jaxwalk.paths import altered_law, continuations, enumerated_log_probs, step_log_probs
+from tests.conftest import float64, model_of, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 

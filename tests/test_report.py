@@ -1,8 +1,12 @@
 """Laws of the report: nothing is lost, nothing that is shown can act, and each number stands beside its null."""
 
+import base64
 import builtins
+import hashlib
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -195,3 +199,108 @@ def test_a_figure_that_cannot_be_drawn_costs_only_itself(tmp_path):
         tmp_path / "report.html"
     ).read_text("utf-8")
     assert not (tmp_path / "figures" / "broken.png").exists()
+
+
+def test_plotly_knows_every_property_it_is_given(written):
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    folder, _, _ = written
+    page = (folder / "report.html").read_text("utf-8")
+    specs = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL).group(1))
+    assert len(specs) == 12  # five for each finding, and two curves of the training
+    for spec in specs:
+        for width in ("wide", "narrow"):
+            graph_objects.Figure(data=spec["data"], layout=spec[width])  # raises on an unknown name or a bad value
+
+
+def test_the_page_runs_its_own_two_scripts_and_no_other(written):
+    folder, _, _ = written
+    page = (folder / "report.html").read_text("utf-8")
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    assert re.search(r"script-src [^;]*", policy).group().count("sha256-") == 2
+    assert "script-src 'unsafe-inline'" not in policy
+    bodies = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    for body in bodies:
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert "modeBarButtons:" in bodies[-1], "plotly's default buttons hold one that sends data to its cloud"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("label", ["_hidden", "$x^$", "漢字", "\U0001f600", "\ud800", "", "a\nb"])
+def test_any_text_can_be_a_label(tmp_path, label):
+    arrays = {"y": np.array([1.0, 2.0]), "names": np.array([label, "b"])}
+    series = (Series(label, "y", "names", "bars"), Series("other", "y", "names", dashed=True))
+    figure = Figure("f", label, label, label, series, references={label: 1.5})
+    result = report.write([finding(arrays=arrays, figures=(figure,))], {label: label}, tmp_path, title=label)
+    assert not result.notices
+    assert "figures/f.svg" in result.paths
+    report.table([finding(arrays=arrays, figures=())], {label: label}).encode()
+
+
+def test_missing_numbers_are_gaps(tmp_path):
+    nothing = np.full(4, np.nan)
+    arrays = {"y": np.array([1.0, np.nan, 0.0, -1.0]), "x": np.arange(4), "nan": nothing, "one": np.ones(4)}
+    arrays |= {"matrix": np.full((2, 2), np.nan)}
+    figures = (
+        Figure("gaps", "t", "x", "y", (Series("a", "y", "x", low="nan", high="one"),), log_x=True, log_y=True),
+        Figure("nothing", "t", "x", "y", (Series("a", "nan", "x"),), references={"none": float("nan")}),
+        Figure("blank", "t", "x", "y", (Series("a", "matrix", style="heatmap"),)),
+        Figure("constant", "t", "x", "y", (Series("a", "one", "x", "points", colour="one"),), equal_aspect=True),
+    )
+    measured = {"none": None, "infinite": float("inf")}
+    result = report.write(
+        [finding(arrays=arrays, figures=figures, measured=measured, interval={})], {}, tmp_path, title="t"
+    )
+    assert not result.notices
+    assert json.loads((tmp_path / "findings.json").read_text())[0]["measured"] == {"none": None, "infinite": None}
+    assert "Not drawn on the logarithmic axis: 2 values at or below 0." in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_step_zero_keeps_its_place_on_a_logarithmic_axis():
+    arrays = {"y": np.array([3.0, 2.0, 1.0]), "x": np.array([0, 10, 1000])}
+    layout = report._lay_out(Figure("f", "t", "x", "y", (Series("a", "y", "x"),), log_x=True), arrays)
+    drawn = layout.panels[0].marks[0].x
+    assert 0 < drawn[0] < 10
+    assert (float(drawn[0]), "0") in layout.panels[0].x.ticks
+
+
+def test_a_failure_of_one_renderer_is_told_and_costs_nothing_else(tmp_path, monkeypatch):
+    good = finding()
+    real = report._interactive
+
+    def fails(layout):
+        if layout.figure.title == "Bars":
+            raise RuntimeError("no bars today")
+        return real(layout)
+
+    monkeypatch.setattr(report, "_interactive", fails)
+    result = report.write([good], {}, tmp_path, title="t")
+    assert ["no bars today" in notice for notice in result.notices] == [True]
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert page.count("This figure was not drawn") == 1
+    assert page.count('class="plot"') == len(good.figures) - 1
+
+
+def test_figures_of_one_name_and_names_that_are_no_file_names(tmp_path):
+    arrays = {"y": np.arange(3.0), "a/../../b": np.arange(2)}
+    figures = tuple(Figure(name, "t", "x", "y", (Series("a", "y"),)) for name in ("same", "same", "../up", "..."))
+    result = report.write([finding(arrays=arrays, figures=figures)], {}, tmp_path / "deep" / "er", title="t")
+    assert len([p for p in result.paths if p.endswith(".png")]) == 4
+    assert all(path.exists() for path in result.paths.values())
+    assert {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*")} == {"deep"}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_bars_over_recurring_names_stay_apart():
+    arrays = {"y": np.arange(3.0), "names": np.array(["a", "a", "b"])}
+    figure = Figure("f", "t", "x", "y", (Series("p", "y", "names", "bars"), Series("q", "y", "names", "bars")))
+    panel = report._lay_out(figure, arrays).panels[0]
+    assert [name for _, name in panel.x.ticks] == ["a", "a", "b"]
+    assert len({*panel.marks[0].x, *panel.marks[1].x}) == 6
+
+
+def test_the_report_is_imported_without_jax_or_a_plotting_library():
+    code = "import sys, jaxwalk.report; print({'jax', 'matplotlib', 'plotly'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import float64, model_of, to64
 
 import jaxwalk as jw
 from jaxwalk.sensitivity import token_vectors
+from tests.conftest import float64, model_of, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 

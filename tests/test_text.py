@@ -16,10 +16,10 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import model_of
 from jaxtyping import install_import_hook
 
 import jaxwalk as jw
+from tests.conftest import model_of
 
 with install_import_hook("jaxwalk", "beartype.beartype"):
     from jaxwalk import text
@@ -359,7 +359,7 @@ def on_the_hub(tmp_path, monkeypatch):
         loaded = real("json", data_files=[str(source)], split=split, streaming=streaming, cache_dir=tmp_path / "cache")
         if not streaming:
             return loaded
-        return map(lambda row: read.append(row["n"]) or row, loaded)
+        return (read.append(row["n"]) or row for row in loaded)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: None)
@@ -372,7 +372,7 @@ HUB = {"corpus": "someone/stories", "subset": "en", "column": "story"}
 def test_hub_datasets_streamed_or_not_are_the_same_documents(on_the_hub):
     assert list(text.documents(TextData(**HUB))) == stories(200)
     assert list(text.documents(TextData(**HUB, streaming=True, max_tokens=1))) == stories(200)
-    with pytest.raises(text.CorpusError, match="unknown column 'text'.*story"):
+    with pytest.raises(text.CorpusError, match=r"unknown column 'text'.*story"):
         list(text.documents(TextData(**{**HUB, "column": "text"})))
 
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import float64, model_of, normal, to64
 
 import jaxwalk as jw
 from jaxwalk.transformer import layer_period, plain
+from tests.conftest import float64, model_of, normal, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 

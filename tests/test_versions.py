@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import float64
 from packaging.requirements import Requirement
 
 from jaxwalk._versions import FAULTY, refuse_faulty_jax
+from tests.conftest import float64
 
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.11.0"])

@@ -41,9 +41,9 @@ def analyse(
 ) -> Finding:
     """The shape of the encoding walks, and what each of their stations would predict.
 
-    positions: the most positions of a path that are measured, beside position 0. stations: those after every
-    aggregate and filter step, or only those after whole layers. embedding: whether the first station is part of
-    the walk. normalised: whether stations are scaled to length 1 before their geometry is taken.
+    positions: the most positions of a path that are measured, beside position 0; fewer of a large vocabulary.
+    stations: those after every aggregate and filter step, or only those after whole layers. embedding: whether the
+    first station is part of the walk. normalised: whether stations are scaled to length 1 before their geometry.
     """
     model = subject.model
     if stations not in ("steps", "blocks"):
@@ -58,7 +58,8 @@ def analyse(
         raise NotApplicable("it needs paths: a world, or a store of text")
 
     tokens = subject.paths(paths)
-    T = tokens.shape[1]
+    n, T = tokens.shape
+    positions = max(1, min(positions, 4 * FLOATS // (n * model.vocab_size)))
     chosen = np.unique(np.linspace(1, T - 1, min(positions, T - 1)).round().astype(int))
     at = np.concatenate([[0], chosen])
     size = FLOATS // max(len(at) * model.vocab_size, (2 * model.depth + 1) * T * model.width)

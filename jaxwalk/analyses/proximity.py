@@ -14,7 +14,8 @@ Only the arrangement of vectors matters, not the axes: `rotate` turns the whole 
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,10 @@ from jaxwalk.analyses._subject import Subject
 from jaxwalk.filters import Embed, LayerNorm, LearnedPositions, Linear, Norm, SinusoidalPositions, Unembed
 from jaxwalk.transformer import Layer, Transformer
 
-FLOATS = 1 << 24
-"""How many log-probabilities are analysed in all, and a quarter as many numbers of a batch at once."""
+FLOATS = 1 << 20
+"""How many log-probabilities are analysed in all: ranking them is what takes time."""
+BATCH = 1 << 22
+"""How many numbers a batch may hold."""
 KS = (1, 5, 10)
 NEARNESS = ("dot", "cosine", "distance")
 LABELS = {
@@ -55,7 +58,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
     tokens = subject.paths(max(8, min(paths, FLOATS // V)))
     n, T = tokens.shape
     at = np.unique(np.linspace(min(1, T - 1), T - 1, min(positions, max(T - 1, 1))).round().astype(int))
-    size = FLOATS // 4 // max(len(at) * V, (2 * model.depth + 1) * T * model.width)
+    size = BATCH // max(len(at) * V, (2 * model.depth + 1) * T * model.width)
     size = max(2, min(128, n, size))  # two, so that there is another path
     ks = tuple(k for k in KS if k < V)
     rng = np.random.default_rng(subject.seed)
@@ -67,10 +70,10 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
     scores: dict[str, list[np.ndarray]] = {}
     identity = 0.0
 
-    def add(null: str, context: np.ndarray, U: np.ndarray, log_p: np.ndarray, top: list[np.ndarray]) -> None:
-        # Per path: what each nearness of `context` to the rows of U says about log_p. [B, P, V] throughout.
+    def add(null: str, context: np.ndarray, U: np.ndarray, law: Law) -> None:
+        # Per path: what each nearness of `context` to the rows of U says about the law.
         for name, x in nearness(context, U).items():
-            scores.setdefault(f"{name}.{null}", []).append(score(x, log_p, top))
+            scores.setdefault(f"{name}.{null}", []).append(score(x, law))
 
     def run(model: Transformer, prefix: str) -> None:
         nonlocal identity
@@ -82,20 +85,19 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
             context, log_p = (np.asarray(a[:count], float) for a in _contexts(model, batch, at))
             if not np.isfinite(context).all():
                 raise ValueError("context vectors: expected finite numbers, got NaN. Analyse an earlier step.")
-            log_p = log_p - log_p.mean(-1, keepdims=True)
-            top = [largest(log_p, k) for k in ks]
-            add(prefix, context, U, log_p, top)
+            law = Law.of(log_p, ks)
+            add(prefix, context, U, law)
             if prefix:
                 continue
             identity = max(identity, identity_error(context.reshape(-1, context.shape[-1])[:64], U))
-            scores.setdefault("norm.", []).append(score(np.broadcast_to(norm, log_p.shape), log_p, top))
-            scores.setdefault("unigram", []).append(score(np.broadcast_to(frequency, log_p.shape), log_p, top))
+            scores.setdefault("norm.", []).append(score(np.broadcast_to(norm, log_p.shape), law))
+            scores.setdefault("unigram", []).append(score(np.broadcast_to(frequency, log_p.shape), law))
             random = rng.normal(size=context.shape)
             random *= np.linalg.norm(context, axis=-1, keepdims=True) / np.linalg.norm(random, axis=-1, keepdims=True)
-            add("random_vector", random, U, log_p, top)
-            add("permuted_tokens", context, U[permutation], log_p, top)
+            add("random_vector", random, U, law)
+            add("permuted_tokens", context, U[permutation], law)
             before = context[-1:] if before is None else before
-            add("other_context", np.concatenate([before, context[:-1]]), U, log_p, top)
+            add("other_context", np.concatenate([before, context[:-1]]), U, law)
             before = context[-1:]
 
     run(model, "")
@@ -311,20 +313,34 @@ def ranks(x: Float[np.ndarray, "... V"]) -> Float[np.ndarray, "... V"]:
     return found
 
 
-def score(
-    x: Float[np.ndarray, "B P V"], log_p: Float[np.ndarray, "B P V"], top: list[np.ndarray]
-) -> Float[np.ndarray, "B columns"]:
+class Law(NamedTuple):
+    """Log-probabilities [B, P, V], centred over v, their centred ranks, and for each k the k most probable tokens."""
+
+    log_p: np.ndarray
+    ranks: np.ndarray
+    top: list[np.ndarray]
+
+    @classmethod
+    def of(cls, log_p: Float[np.ndarray, "B P V"], ks: Sequence[int]) -> "Law":
+        """The law with these log-probabilities."""
+        return cls(centred(log_p), centred(ranks(log_p)), [largest(log_p, k) for k in ks])
+
+
+def centred(x: Float[np.ndarray, "... V"]) -> Float[np.ndarray, "... V"]:
+    """x without its mean over the last axis."""
+    return x - x.mean(-1, keepdims=True)
+
+
+def score(x: Float[np.ndarray, "B P V"], law: Law) -> Float[np.ndarray, "B columns"]:
     """Per path, means over positions: x log_p, x^2, log_p^2 (centred, summed over v), Spearman, agreement with top."""
-    centred = x - x.mean(-1, keepdims=True)
-    r = ranks(x) - (x.shape[-1] - 1) / 2
-    q = ranks(log_p) - (x.shape[-1] - 1) / 2
+    around, r = centred(x), centred(ranks(x))
     columns = [
-        np.einsum("bpv,bpv->bp", centred, log_p),
-        (centred**2).sum(-1),
-        (log_p**2).sum(-1),
-        (r * q).sum(-1) / (q**2).sum(-1),
+        (around * law.log_p).sum(-1),
+        (around**2).sum(-1),
+        (law.log_p**2).sum(-1),
+        (r * law.ranks).sum(-1) / (law.ranks**2).sum(-1),
     ]
-    for likely in top:
+    for likely in law.top:
         near = largest(x, likely.shape[-1])
         columns.append((near[..., :, None] == likely[..., None, :]).any(-1).mean(-1))
     return np.stack([c.mean(1) for c in columns], axis=-1)
@@ -358,7 +374,6 @@ def rotate(model: Transformer, key: Array) -> Transformer:
     """
     D = model.width
     R = _rotation(D, key, fix_ones=_layer_norm(model))
-    post = model.norm is None
     layers = tuple(_rotate_layer(layer, R) for layer in model.layers)
 
     positions = model.positions
@@ -367,7 +382,7 @@ def rotate(model: Transformer, key: Array) -> Transformer:
     if positions is not None:
         positions = LearnedPositions(_times(positions.table, R))
 
-    scale, bias = (np.ones(D), None) if post else _scale_and_bias(model.norm)
+    scale, bias = (np.ones(D), None) if model.norm is None else _scale_and_bias(model.norm)
     U, b = model.output_vectors, model.unembed.bias
     if bias is not None:
         shift = np.asarray(U, float) @ bias
