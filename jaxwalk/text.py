@@ -377,8 +377,9 @@ def documents(config: TextData) -> Iterator[str]:
       its text in `config.column`. A folder is searched to its depths; other suffixes in it are left out.
     - Everything that is not on disk, and has no wildcard and none of these suffixes, is a dataset on the hub.
 
-    One document is in memory at a time; files are streamed. Raises CorpusError for what cannot be read: no
-    such corpus, no network, no such column, not text, not UTF-8 (with file and byte).
+    Rows are streamed, from local files always: memory does not grow with the corpus, only with its largest
+    document. Raises CorpusError for what cannot be read: no such corpus, no network, no such column, not
+    text, not UTF-8 (with file and byte).
     """
     if config.corpus == "pydoc":
         yield from _pydoc(config).values()
@@ -453,7 +454,7 @@ def _not_utf8(file: Path, byte: int, at: int) -> CorpusError:
 
 def _rows_of_file(file: Path, config: TextData) -> Iterator[str]:
     if file.stat().st_size == 0:
-        return
+        return iter(())
     datasets = _optional("datasets")
     loader = _LOADERS[file.suffix.lower()]
 
@@ -462,45 +463,52 @@ def _rows_of_file(file: Path, config: TextData) -> Iterator[str]:
         loaded = datasets.load_dataset(loader, data_files=[str(file)], split="train", streaming=True)
         yield from loaded
 
-    iterator = rows()
-    for row in itertools.count():
-        try:
-            values = next(iterator, None)
-        except Exception as error:
-            if loader == "json":
-                _check_utf8(file)
-            raise CorpusError(
-                f"{file}: could not be read as {file.suffix} after {row} rows ({_cause(error)}). Repair the file, "
-                f"or leave it out of the corpus."
-            ) from error
-        if values is None:
-            return
-        yield from _document(values, config.column, f"{file}, row {row}")
+    def failed(error: Exception, row: int) -> CorpusError:
+        not_utf8 = _find_not_utf8(file) if loader == "json" else None
+        return not_utf8 or CorpusError(
+            f"{file}: could not be read as {file.suffix} after {row} rows ({_cause(error)}). Repair the file, "
+            f"or leave it out of the corpus."
+        )
+
+    return _texts(rows(), config.column, str(file), failed)
 
 
-def _check_utf8(file: Path) -> None:
-    """Raise CorpusError if the file's bytes are no UTF-8. The loader knows the place within its buffer only."""
+def _find_not_utf8(file: Path) -> CorpusError | None:
+    """The error for the first byte that is not UTF-8, if any. The loader knows its place in a buffer only."""
     at = 0
     with file.open("rb") as lines:
         for line in lines:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise _not_utf8(file, line[error.start], at + error.start) from error
+                return _not_utf8(file, line[error.start], at + error.start)
             at += len(line)
+    return None
 
 
-def _document(row: Mapping[str, Any], column: str, where: str) -> Iterator[str]:
-    if column not in row:
-        raise CorpusError(f"{where}: {unknown('column', column, row)} Set `column` to the one that holds the text.")
-    text = row[column]
-    if text is not None and not isinstance(text, str):
-        raise CorpusError(
-            f"{where}: expected text in column {column!r}, got {type(text).__name__}. "
-            f"Set `column` to one that holds text; there are {', '.join(sorted(row))}."
-        )
-    if text:
-        yield text
+def _texts(
+    rows: Iterator[Mapping[str, Any]], column: str, source: str, failed: Callable[[Exception, int], CorpusError]
+) -> Iterator[str]:
+    """The texts in one column of the rows. What goes wrong in reading a row is raised as `failed(error, row)`."""
+    for number in itertools.count():
+        try:
+            row = next(rows, None)
+        except Exception as error:  # the loaders raise many kinds, all of which mean the same here
+            raise failed(error, number) from error
+        if row is None:
+            return
+        if column not in row:
+            raise CorpusError(
+                f"{source}, row {number}: {unknown('column', column, row)} Set `column` to the one that holds the text."
+            )
+        text = row[column]
+        if text is not None and not isinstance(text, str):
+            raise CorpusError(
+                f"{source}, row {number}: expected text in column {column!r}, got {type(text).__name__}. "
+                f"Set `column` to one that holds text; there are {', '.join(sorted(row))}."
+            )
+        if text:
+            yield text
 
 
 def _hub(config: TextData) -> Iterator[str]:
@@ -517,20 +525,15 @@ def _hub(config: TextData) -> Iterator[str]:
             loaded = loaded.select_columns([config.column])
         yield from loaded
 
-    iterator = rows()
-    for row in itertools.count():
-        try:
-            values = next(iterator, None)
-        except Exception as error:
-            raise CorpusError(
-                f"corpus {config.corpus!r}: no such file or folder here, and as a dataset on the Hugging Face hub "
-                f"(subset={config.subset!r}, split={config.split!r}) it failed after {row} rows ({_cause(error)}). "
-                f"Check its name and the network. {_OFFLINE} A dataset that was downloaded before is read "
-                f"from its cache with the environment variable HF_HUB_OFFLINE=1."
-            ) from error
-        if values is None:
-            return
-        yield from _document(values, config.column, f"corpus {config.corpus!r}, row {row}")
+    def failed(error: Exception, row: int) -> CorpusError:
+        return CorpusError(
+            f"corpus {config.corpus!r}: no such file or folder here, and as a dataset on the Hugging Face hub "
+            f"(subset={config.subset!r}, split={config.split!r}) it failed after {row} rows ({_cause(error)}). "
+            f"Check its name and the network. {_OFFLINE} A dataset that was downloaded before is read "
+            f"from its cache with the environment variable HF_HUB_OFFLINE=1."
+        )
+
+    return _texts(rows(), config.column, f"corpus {config.corpus!r}", failed)
 
 
 def _cause(error: BaseException) -> str:
@@ -555,8 +558,8 @@ def _divided(config: TextData) -> Iterator[tuple[SplitName, str]]:
     """The documents, each with the split it is in; both splits have at least one.
 
     A document's own hash decides, so equal documents are on the same side, and a document stays there when
-    others come and go. Where that leaves a split empty, the corpus's last document goes to it. The only
-    document of a corpus is cut in two, its end held out.
+    others come and go. Two exceptions: where that leaves a split empty, the corpus's last document goes to
+    it; the only document of a corpus is cut in two, its end held out.
     """
     filled: set[SplitName] = set()
     last = None
@@ -724,7 +727,8 @@ def open_store(config: TextData, report: Callable[[str], object] | None = None) 
     With `max_tokens` (begin-of-path tokens count), the share `validation` of it is the most that is held out,
     the rest the most that trains; documents are read until both are full, or the corpus ends.
 
-    The folder appears whole or not at all, and several processes may make it at once. BPE is trained on the
+    The folder appears whole or not at all, and several processes may make it at once. (One that is killed leaves
+    a folder `.unfinished-...` behind, which is never read and may be deleted.) BPE is trained on the
     first 64 M characters of the training documents, and the corpus is then read a second time.
 
     report: takes a line of progress now and then, such as `print`.

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,24 +47,8 @@ def arbitrary(seed, length=400):
     return "".join(chance.choice(" \n\r\tab") if chance.random() < 0.5 else chr(c) for c in points)
 
 
-WORDS = [
-    "the",
-    "walk",
-    "of",
-    "a",
-    "path",
-    "through",
-    "embedding",
-    "space",
-    "begins",
-    "at",
-    "one",
-    "token",
-    "vector",
-    "and",
-    "goes",
-    "on",
-]
+LINE = "the walk of a path through embedding space begins at one token vector and goes on"
+WORDS = LINE.split()
 
 
 def stories(n, seed=0):
@@ -506,11 +491,39 @@ def test_damaged_stores_are_refused_with_the_remedy(config):
     text.open_store(config)
 
 
-def test_an_interrupted_or_failed_build_leaves_nothing(config, folder, tmp_path):
+@pytest.mark.parametrize("choices", [{}, {"tokenizer": "bpe", "vocab_size": 300}], ids=["bytes", "bpe"])
+def test_a_failed_build_leaves_nothing(config, folder, tmp_path, choices):
     (folder / "999.txt").write_bytes(b"\xff")
-    with pytest.raises(text.CorpusError):
+    with pytest.raises(text.CorpusError, match="999.txt: expected UTF-8"):
+        text.open_store(replaced(config, **choices))
+    assert list(tmp_path.glob("stores/*")) == []
+
+
+def test_an_interrupted_build_leaves_nothing(config, tmp_path, monkeypatch):
+    def interrupted(config):
+        yield from stories(5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text, "documents", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         text.open_store(config)
     assert list((tmp_path / "stores").iterdir()) == []
+
+
+def test_bpe_is_trained_on_training_documents_only(config):
+    store = text.open_store(replaced(config, tokenizer="bpe", vocab_size=300))
+    training = [store.vocabulary.decode(d) for d in documents_of(store.train)]
+    assert text.BPEVocabulary.train(training, 300) == store.vocabulary
+    assert text.BPEVocabulary.train(stories(60), 300) != store.vocabulary
+
+
+def test_progress_is_reported(config, monkeypatch):
+    monkeypatch.setattr(text, "_REPORT_EVERY", 1000)
+    monkeypatch.setattr(text, "_GROUP", 500)
+    lines = []
+    text.open_store(config, report=lines.append)
+    assert len(lines) >= 3
+    assert re.fullmatch(r"text: tokenised [\d,]+ tokens of .*corpus", lines[0])
 
 
 def test_builders_at_the_same_time_agree(config, tmp_path):
@@ -635,8 +648,14 @@ def test_scoring_a_packed_window_is_scoring_its_documents(config):
     model = model_of(vocab_size=store.vocabulary.size, max_length=255)
     (tokens,), (segments,) = store.batch(3, 0, 1, 256, "validation")
     assert segments.max() > 1
-    packed = jw.path_log_prob(model, tokens, segments=segments)
-    one_by_one = sum(jw.path_log_prob(model, tokens[segments == s]) for s in range(1, segments.max() + 1))
+    score = jax.jit(lambda tokens, segments: jw.path_log_prob(model, tokens, segments=segments))
+    packed = score(tokens, segments)
+    # Each piece alone, and padded to one length so that one compiled function scores them all.
+    one_by_one = 0
+    for s in range(1, segments.max() + 1):
+        piece = tokens[segments == s]
+        rest = (0, 256 - len(piece))
+        one_by_one += score(np.pad(piece, rest), np.pad(np.ones_like(piece), rest))
     np.testing.assert_allclose(packed, one_by_one, rtol=1e-5)
 
 
