@@ -139,7 +139,22 @@ def sample_paths(
         raise ValueError(f"top_p: expected a probability above 0, got {top_p}.")
     if n < 1:
         raise ValueError(f"n: expected at least 1 path, got {n}.")
+    return _sample(model, prompt, key, temperature, top_p, steps=steps, n=n, top_k=top_k)
 
+
+# What is traced is compiled once for a model's structure and these choices, wherever it is called from.
+@functools.partial(jax.jit, static_argnames=("steps", "n", "top_k"))
+def _sample(
+    model: Transformer,
+    prompt: Array,
+    key: Key,
+    temperature: Array | float | None,
+    top_p: Array | float | None,
+    *,
+    steps: int,
+    n: int,
+    top_k: int | None,
+) -> Paths:
     state, logits = prefill(model, prompt, len(prompt) + steps - 1)
     law = functools.partial(altered_law, temperature=temperature, top_k=top_k, top_p=top_p)
 
@@ -164,7 +179,7 @@ def sample_paths(
 
 
 def altered_law(
-    logits: Float[Array, " V"], temperature: float | None, top_k: int | None, top_p: float | None
+    logits: Float[Array, " V"], temperature: Array | float | None, top_k: int | None, top_p: Array | float | None
 ) -> Float[Array, " V"]:
     """The logits of the law that sampling options leave, -inf where a token is excluded."""
     if temperature is not None:
@@ -235,9 +250,15 @@ def top_paths(
     prompt = _check_prompt(model, prompt, steps)
     if k < 1:
         raise ValueError(f"k: expected at least 1 path, got {k}.")
-    V = model.vocab_size
     width = min(width, max(budget, 1))
-    capacity = max(capacity or 4 * budget, width)
+    return _search(
+        model, prompt, steps=steps, k=k, budget=budget, width=width, capacity=max(capacity or 4 * budget, width)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "k", "budget", "width", "capacity"))
+def _search(model: Transformer, prompt: Array, *, steps: int, k: int, budget: int, width: int, capacity: int) -> Paths:
+    V = model.vocab_size
     state, logits = prefill(model, prompt, len(prompt) + steps - 1)
     start = jax.nn.log_softmax(logits)
 
@@ -338,11 +359,15 @@ def enumerated_log_probs(
             "Sample (sample_paths), or search (top_paths)."
         )
     after = jnp.asarray(continuations(model.vocab_size, steps))
+    return after, _score(model, prompt, after, batch=min(batch, len(after)))
 
+
+@functools.partial(jax.jit, static_argnames="batch")
+def _score(model: Transformer, prompt: Array, after: Array, *, batch: int) -> Array:
     def score(row: Array) -> Array:
         return path_log_prob(model, jnp.concatenate([prompt, row]), given=len(prompt))
 
-    return after, lax.map(score, after, batch_size=min(batch, len(after)))
+    return lax.map(score, after, batch_size=batch)
 
 
 def path_entropy(
@@ -359,12 +384,16 @@ def path_entropy(
         log_probs = enumerated_log_probs(model, prompt, steps)[1]
         return Estimate(-jnp.sum(jnp.exp(log_probs) * log_probs), jnp.zeros((), log_probs.dtype))
     sampled = sample_paths(model, prompt, _needed(key, model, steps), steps, samples).tokens
+    return _mean(_summed_entropies(model, prompt, sampled))
 
+
+@jax.jit
+def _summed_entropies(model: Transformer, prompt: Array, after: Array) -> Array:
     def entropies(row: Array) -> Array:
         laws = next_log_probs(model, jnp.concatenate([prompt, row])[:-1])[len(prompt) - 1 :]
         return -jnp.sum(jnp.exp(laws) * laws)
 
-    return _mean(lax.map(entropies, sampled, batch_size=min(64, samples)))
+    return lax.map(entropies, after, batch_size=min(64, len(after)))
 
 
 def event_probability(

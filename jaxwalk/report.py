@@ -85,6 +85,30 @@ def _interval(bounds: Sequence[Any] | None) -> str:
     return "" if bounds is None else f"[{_number(bounds[0])}, {_number(bounds[1])}]"
 
 
+class _Row(NamedTuple):
+    """A measured number and the nulls of its own; or, with an empty name, the nulls of the whole finding."""
+
+    name: str
+    value: str
+    interval: str
+    nulls: list[tuple[str, str]]
+
+
+def _rows(finding: Finding) -> list[_Row]:
+    """What was measured, each with what it is held against: a null `r2.untrained` belongs to the measured `r2`."""
+    rows = {k: _Row(k, _number(v), _interval(finding.interval.get(k)), []) for k, v in finding.measured.items()}
+    whole = _Row("", "", "", [])
+    for name, value in finding.null.items():
+        parts = name.split(".")
+        heads = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
+        owner = next((head for head in heads if head in rows), None)
+        if owner is None:
+            whole.nulls.append((name, _number(value)))
+        else:
+            rows[owner].nulls.append((name[len(owner) + 1 :], _number(value)))
+    return [*rows.values(), *([whole] if whole.nulls else [])]
+
+
 def _plain(value: Any) -> Any:
     """Any value as strict JSON data: numpy as Python, numbers that JSON lacks as None, the unknown as text."""
     if isinstance(value, np.ndarray | np.generic):
@@ -131,13 +155,15 @@ def _table_of(finding: Finding, width: int) -> str:
     if finding.verdict:
         lines += _hanging("  verdict  ", _visible(finding.verdict), width)
     rows = [("measured", "value", "95% interval")]
-    rows += [(_visible(k), _number(v), _interval(finding.interval.get(k))) for k, v in finding.measured.items()]
-    rows += [(f"vs {_visible(k)}", _number(v), "") for k, v in finding.null.items()]
+    for row in _rows(finding):
+        if row.name:
+            rows.append((_visible(row.name), row.value, row.interval))
+        rows += [(f"{'  ' if row.name else ''}vs {_visible(name)}", value, "") for name, value in row.nulls]
     values, intervals = (max(len(row[i]) for row in rows) for i in (1, 2))
     names = min(max(len(row[0]) for row in rows), max(16, width - values - intervals - 6))
     lines.append("")
     for name, value, interval in rows:
-        *above, last = textwrap.wrap(name, names) or [""]
+        *above, last = textwrap.wrap(name, names, subsequent_indent="  ") or [""]
         lines += [f"  {part}" for part in above]
         lines.append(f"  {last:<{names}}  {value:<{values}}  {interval}".rstrip())
     return "\n".join(lines)
@@ -1161,9 +1187,12 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: .82rem; padding: 4px 14px 4px 0;
   vertical-align: bottom; }
 td { padding: 7px 14px 7px 0; border-top: 1px solid var(--edge); vertical-align: top; }
-.numbers { width: auto; min-width: min(100%, 560px); }
-.numbers td + td, .numbers th + th { text-align: right; white-space: nowrap; padding-left: 14px; }
-.numbers .null td { color: var(--soft); }
+.numbers { width: auto; min-width: min(100%, 720px); }
+.numbers td:nth-child(2), .numbers td:nth-child(3), .numbers th:nth-child(2), .numbers th:nth-child(3) {
+  text-align: right; white-space: nowrap; padding-left: 14px; }
+.numbers td:nth-child(2) { font-weight: 600; }
+.numbers td.against, .numbers th:last-child { padding-left: 26px; }
+.numbers .against div { display: inline-block; margin-right: 20px; color: var(--soft); }
 .vs { font-size: .78rem; border: 1px dashed #808080; border-radius: 4px; padding: 0 4px; margin-right: 7px; }
 .numbers tr:not(.null) td:nth-child(2) { font-weight: 600; }
 .against div { padding-bottom: 3px; }
@@ -1191,9 +1220,12 @@ footer { color: var(--soft); font-size: .88rem; padding-block: 6px 40px; }
   .facts dl { grid-template-columns: 1fr 1fr; gap: 10px 14px; }
   .facts dt { margin-top: 0; }
   table { font-size: .88rem; }
-  .numbers td, .numbers th { padding-right: 0; }
-  .numbers td:first-child { overflow-wrap: anywhere; }
-  .numbers td + td, .numbers th + th { padding-left: 9px; }
+  .numbers thead { display: none; }
+  .numbers, .numbers tbody { display: block; min-width: 0; }
+  .numbers tr { display: grid; grid-template-columns: 1fr auto auto; border-top: 1px solid var(--edge); padding: 6px 0; }
+  .numbers tr td { border: 0; padding: 0 0 0 10px; overflow-wrap: anywhere; }
+  .numbers tr td:first-child { padding: 0; }
+  .numbers tr td.against { grid-column: 1 / -1; padding: 2px 0 0; }
 }
 @media print { body { background: none; } .card { break-inside: avoid; border-color: #ccc; } }
 """
@@ -1373,11 +1405,13 @@ def _opening_text(plot: _Plot) -> str:
 
 def _against(finding: Finding) -> str:
     """The first few references, which an analysis gives in the order of their weight; all are in its own section."""
-    shown = list(finding.null.items())[:4]
-    pairs = [f'<div><span class="vs">vs</span>{_html(k)} <b>{_number(v)}</b></div>' for k, v in shown]
-    if more := len(finding.null) - len(shown):
-        pairs.append(f"<div>and {more} more, below</div>")
-    return "".join(pairs)
+    shown = [(k, _number(v)) for k, v in finding.null.items()][:4]
+    more = len(finding.null) - len(shown)
+    return _nulls(shown) + (f"<div>and {more} more, below</div>" if more else "")
+
+
+def _nulls(pairs: Iterable[tuple[str, str]]) -> str:
+    return "".join(f'<div><span class="vs">vs</span>{_html(name)} <b>{value}</b></div>' for name, value in pairs)
 
 
 def _summary(findings: Sequence[Finding]) -> str:
@@ -1395,12 +1429,9 @@ def _summary(findings: Sequence[Finding]) -> str:
 
 def _section(n: int, finding: Finding, figures: str) -> str:
     rows = "".join(
-        f"<tr><td>{_html(k)}</td><td>{_number(v)}</td><td>{_interval(finding.interval.get(k))}</td></tr>"
-        for k, v in finding.measured.items()
-    )
-    rows += "".join(
-        f'<tr class="null"><td><span class="vs">vs</span>{_html(k)}</td><td>{_number(v)}</td><td></td></tr>'
-        for k, v in finding.null.items()
+        f"<tr><td>{_html(row.name) or 'in all'}</td><td>{row.value}</td><td>{row.interval}</td>"
+        f'<td class="against">{_nulls(row.nulls)}</td></tr>'
+        for row in _rows(finding)
     )
     chosen = "".join(
         f"<dt>{_html(k)}</dt><dd>{_html(v if isinstance(v, str) else json.dumps(_plain(v), ensure_ascii=False))}</dd>"
@@ -1418,5 +1449,5 @@ def _section(n: int, finding: Finding, figures: str) -> str:
         f'<section class="card" id="finding-{n}"><h2 class="name">{_html(finding.name)}</h2>'
         f'<p class="claim">{_html(finding.claim)}</p>{verdict}'
         '<div class="scroll"><table class="numbers"><thead><tr><th>Measured</th><th>Value</th><th>95% interval</th>'
-        f"</tr></thead><tbody>{rows}</tbody></table></div>{figures}{details}</section>"
+        f"<th>Null or exact reference</th></tr></thead><tbody>{rows}</tbody></table></div>{figures}{details}</section>"
     )

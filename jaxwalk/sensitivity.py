@@ -58,6 +58,11 @@ def context_sensitivity(model: Transformer, tokens: Tokens, segments: Segments |
     [T, D, T, D]. Above the diagonal it is exactly zero. It is the size of a local derivative, and no share of
     anything: rows do not sum to a whole.
     """
+    return _sensitivity(model, check_tokens(model, tokens), segments)
+
+
+@jax.jit
+def _sensitivity(model: Transformer, tokens: Array, segments: Segments | None) -> Array:
     pull = _context_vjp(model, tokens, segments)
 
     def row(t: Array) -> Array:

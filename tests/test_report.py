@@ -304,3 +304,14 @@ def test_bars_over_recurring_names_stay_apart():
 def test_the_report_is_imported_without_jax_or_a_plotting_library():
     code = "import sys, jaxwalk.report; print({'jax', 'matplotlib', 'plotly'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_null_stands_by_the_number_it_belongs_to():
+    one = finding(
+        measured={"r2": 0.9, "r2.first": 0.5, "error": 0.1},
+        interval={},
+        null={"r2.untrained": 0.4, "chance": 0.3, "error.exact": 0.0, "r2.first.untrained": 0.2},
+    )
+    lines = [line.split()[:-1] for line in report.table([one]).splitlines() if line.startswith("  ")]
+    names = [" ".join(words) for words in lines[lines.index(["measured", "value", "95%"]) + 1 :]]
+    assert names == ["r2", "vs untrained", "r2.first", "vs untrained", "error", "vs exact", "vs chance"]
