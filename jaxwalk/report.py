@@ -95,17 +95,19 @@ class _Row(NamedTuple):
 
 
 def _rows(finding: Finding) -> list[_Row]:
-    """What was measured, each with what it is held against: a null `r2.untrained` belongs to the measured `r2`."""
+    """What was measured, each with what it is held against: a null `r2.untrained` belongs to the measured `r2`, a
+    plain `untrained` to the first number, which is the headline."""
     rows = {k: _Row(k, _number(v), _interval(finding.interval.get(k)), []) for k, v in finding.measured.items()}
     whole = _Row("", "", "", [])
     for name, value in finding.null.items():
         parts = name.split(".")
         heads = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
         owner = next((head for head in heads if head in rows), None)
-        if owner is None:
-            whole.nulls.append((name, _number(value)))
-        else:
+        if owner is not None:
             rows[owner].nulls.append((name[len(owner) + 1 :], _number(value)))
+        else:
+            row = next(iter(rows.values()), whole) if len(parts) == 1 else whole
+            row.nulls.append((name, _number(value)))
     return [*rows.values(), *([whole] if whole.nulls else [])]
 
 
@@ -311,6 +313,10 @@ def _training_figures(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Figur
 _HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _GREYS = ("#808080", "#6e6e6e", "#999999")
 _BREAKS = (((6, 3), "6px,3px"), ((1.5, 2), "2px,3px"), ((7, 2.5, 1.5, 2.5), "8px,3px,2px,3px"), ((12, 4), "12px,4px"))
+
+
+_HATCHES = (("////", "/"), ("....", "."), ("xxxx", "x"), ("----", "-"))
+"""Of the bars of nulls, as matplotlib and as plotly names them."""
 
 
 @dataclass
@@ -767,7 +773,11 @@ def _paper_mark(axes: Any, layout: _Layout, mark: _Mark, text: Callable[[object]
             axes.errorbar(mark.x, mark.y, yerr=_spread(mark), fmt="none", ecolor=mark.hue, elinewidth=0.9)
         return handle
     if s.style == "bars":
-        hatch = {} if mark.broken is None else {"hatch": "////", "facecolor": "#e3e3e3", "edgecolor": mark.hue}
+        hatch = (
+            {}
+            if mark.broken is None
+            else {"hatch": _HATCHES[mark.broken % 4][0], "facecolor": "#e3e3e3", "edgecolor": mark.hue}
+        )
         handle = axes.bar(mark.x, mark.y, mark.thickness * 0.94, **(hatch or {"color": mark.hue}), zorder=2)
         if mark.low is not None and mark.high is not None:
             axes.errorbar(mark.x, mark.y, yerr=_spread(mark), fmt="none", ecolor=_INK, elinewidth=1.0, capsize=2.5)
@@ -922,7 +932,12 @@ def _traces(layout: _Layout, panel: _Panel, mark: _Mark, *, gl: bool) -> Iterato
         trace["marker"] = {"color": mark.hue}
         if mark.broken is not None:
             trace["marker"] |= {
-                "pattern": {"shape": "/", "fgcolor": mark.hue, "bgcolor": "rgba(128,128,128,.25)", "size": 6}
+                "pattern": {
+                    "shape": _HATCHES[mark.broken % 4][1],
+                    "fgcolor": mark.hue,
+                    "bgcolor": "rgba(128,128,128,.25)",
+                    "size": 6,
+                }
             }
     elif s.style == "points":
         size = round(1.25 * _dot(mark), 2)
@@ -1222,7 +1237,8 @@ footer { color: var(--soft); font-size: .88rem; padding-block: 6px 40px; }
   table { font-size: .88rem; }
   .numbers thead { display: none; }
   .numbers, .numbers tbody { display: block; min-width: 0; }
-  .numbers tr { display: grid; grid-template-columns: 1fr auto auto; border-top: 1px solid var(--edge); padding: 6px 0; }
+  .numbers tr { display: grid; grid-template-columns: 1fr auto auto; padding: 6px 0;
+    border-top: 1px solid var(--edge); }
   .numbers tr td { border: 0; padding: 0 0 0 10px; overflow-wrap: anywhere; }
   .numbers tr td:first-child { padding: 0; }
   .numbers tr td.against { grid-column: 1 / -1; padding: 2px 0 0; }

@@ -110,6 +110,7 @@ class _ByteLevel:
 
     @property
     def size(self) -> int:
+        """How many tokens there are, the begin-of-path token among them."""
         return len(self.spellings) + 1
 
     @property

@@ -12,7 +12,7 @@ import jaxwalk as jw
 from jaxwalk.analyses import Finding, NotApplicable, Subject, belief_geometry, encoding_walk, proximity
 from jaxwalk.filters import Linear
 from jaxwalk.paths import next_log_probs
-from tests.conftest import model_of
+from tests.conftest import model_of, to64
 
 MESS3 = jw.worlds.make("mess3")
 
@@ -237,6 +237,14 @@ def test_rotating_the_space_of_other_models(choices):
     assert change(model_of(depth=1, **choices)) < 1e-4
 
 
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_rotation_is_exact_to_rounding_in_float64(norm, x64):
+    model = to64(model_of(norm=norm, unembed_bias=True, aggregate=("attention", "fixed_mixing")))
+    rope = jw.aggregates.config("attention", positions="rope", qk_norm=True, kv_heads=2)
+    assert change(model) < 1e-10
+    assert change(to64(model_of(norm=norm, tied=True, positions="none", aggregate=rope))) < 1e-10
+
+
 def test_post_norm_rotates_only_with_one_scale_for_all_coordinates():
     model = model_of(placement="post", depth=1)
     with pytest.raises(NotApplicable, match="post-norm"):
@@ -318,6 +326,46 @@ def test_a_planted_affine_map_is_found_and_noise_is_not():
     np.testing.assert_allclose(belief_geometry.predict(fits["planted"], x, folds), y, atol=1e-8)
 
 
+def test_sums_give_the_fit_of_direct_least_squares_and_its_held_out_score():
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 3, (300, 5))
+    x = rng.normal(size=(300, 5, 4)) + 3
+    y = np.tanh(x[..., :2]) + 0.1 * rng.normal(size=(300, 5, 2))
+    folds = belief_geometry.Deal.of(tokens).folds(tokens)
+
+    def stream():
+        for rows in (slice(0, 100), slice(100, 300)):
+            yield folds[rows], {"it": (x[rows], y[rows])}
+
+    fits, sums = belief_geometry.cross_fit(stream)
+    design = np.concatenate([x, np.ones((300, 5, 1))], axis=-1)
+    error = 0.0
+    for fold, fit in enumerate(fits["it"]):
+        out = folds == fold
+        direct = np.linalg.lstsq(design[~out], y[~out], rcond=None)[0]
+        np.testing.assert_allclose(np.vstack([fit.weight, fit.offset]), direct, atol=1e-9)
+        error += ((design[out] @ direct - y[out]) ** 2).sum()
+    expected = 1 - error / ((y - y.mean((0, 1))) ** 2).sum()
+    assert float(belief_geometry.r_squared(sums["it"].mean(0))) == pytest.approx(expected, abs=1e-10)
+
+
+def test_the_score_of_a_model_is_that_of_its_context_vectors():
+    subject = subject_of(untrained=False)
+    finding = belief_geometry.analyse(subject, paths=100, points=9)
+    tokens = subject.paths(100)
+    folds = belief_geometry.Deal.of(tokens).folds(tokens).ravel()
+    context = np.concatenate([jw.encoding_walk(subject.model, path).context for path in tokens]).astype(float)
+    beliefs = np.concatenate([MESS3.beliefs(path)[1:] for path in tokens]).astype(float)
+    design = np.column_stack([context, np.ones(len(context))])
+    error = 0.0
+    for fold in np.unique(folds):
+        out = folds == fold
+        direct = np.linalg.lstsq(design[~out], beliefs[~out], rcond=None)[0]
+        error += ((design[out] @ direct - beliefs[out]) ** 2).sum()
+    expected = 1 - error / ((beliefs - beliefs.mean(0)) ** 2).sum()
+    assert finding.measured["r2"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_belief_geometry():
     finding = belief_geometry.analyse(subject_of(), paths=200, points=81)
     holds(finding, "r2", "excess", "r2_best_station", "r2_all_stations")
@@ -334,6 +382,16 @@ def test_belief_geometry_needs_beliefs():
         belief_geometry.analyse(Subject(model=model_of()))
     with pytest.raises(NotApplicable, match="hidden Markov"):
         belief_geometry.analyse(subject_of(Uniform(4)))
+
+
+def test_beliefs_that_the_untrained_model_holds_wholly_leave_no_excess():
+    # The one-hot last token is the belief of a first-order chain, and without layers it is all that a model has.
+    world = jw.worlds.make("markov", vocab_size=3, order=1)
+    finding = belief_geometry.analyse(subject_of(world, depth=0, norm="rms_norm", positions="none"), paths=200)
+    holds(finding, "r2")
+    assert finding.measured["r2"] == pytest.approx(1, abs=1e-6)
+    assert "excess" not in finding.measured
+    assert "gap" not in finding.verdict
 
 
 def test_excess_is_undefined_where_nothing_is_left():

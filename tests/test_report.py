@@ -314,4 +314,4 @@ def test_a_null_stands_by_the_number_it_belongs_to():
     )
     lines = [line.split()[:-1] for line in report.table([one]).splitlines() if line.startswith("  ")]
     names = [" ".join(words) for words in lines[lines.index(["measured", "value", "95%"]) + 1 :]]
-    assert names == ["r2", "vs untrained", "r2.first", "vs untrained", "error", "vs exact", "vs chance"]
+    assert names == ["r2", "vs untrained", "vs chance", "r2.first", "vs untrained", "error", "vs exact"]

@@ -8,10 +8,12 @@ import http.server
 import json
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +62,12 @@ def stories(n, seed=0):
 @functools.cache
 def bpe(size=310):
     return text.BPEVocabulary.train(stories(50), size)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    """Nothing is written below the home folder: `datasets` leaves a lock there even for what it only streams."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -284,7 +292,8 @@ def test_a_missing_corpus_names_the_offline_choices(tmp_path):
     with pytest.raises(text.CorpusError, match="got none with any text"):
         text.open_store(TextData(corpus=str(tmp_path / "empty.txt"), store=str(tmp_path / "stores")))
     assert not list(tmp_path.glob("stores/*"))
-    for choice in ({"split": "test"}, {"subset": "en"}):
+    choices: tuple[dict[str, Any], ...] = ({"split": "test"}, {"subset": "en"})
+    for choice in choices:
         for corpus in ("pydoc", str(tmp_path / "empty.txt")):
             with pytest.raises(text.CorpusError, match="only datasets on the hub"):
                 list(text.documents(TextData(corpus=corpus, **choice)))
@@ -311,6 +320,16 @@ def test_no_network_is_said_soon_with_the_offline_choices(tmp_path, online, monk
     with pytest.raises(text.CorpusError, match=r"corpus='pydoc'.*HF_HUB_OFFLINE=1"):
         text.open_store(config)
     assert time.monotonic() - start < 10
+
+
+def test_a_hub_that_never_answers_is_given_up_soon(online, monkeypatch):
+    monkeypatch.setattr(text, "_HUB_TIMEOUT", 0.5)
+    start = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        online(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(text.CorpusError, match=r"Timeout.*corpus='pydoc'"):
+            list(text.documents(TextData(corpus="someone/stories")))
+    assert time.monotonic() - start < 5
 
 
 def test_a_dataset_that_is_not_on_the_hub_is_said_so(online):
@@ -343,17 +362,23 @@ def on_the_hub(tmp_path, monkeypatch):
 
     def load_dataset(name, subset, split, streaming):
         assert (name, subset, split) == ("someone/stories", "en", "train")
-        loaded = real("json", data_files=[str(source)], split=split, streaming=streaming, cache_dir=tmp_path / "cache")
+        loaded = real("json", data_files=[str(source)], split=split, streaming=streaming)
         if not streaming:
             return loaded
-        return (read.append(row["n"]) or row for row in loaded)
+
+        def rows():
+            for row in loaded:
+                read.append(row["n"])
+                yield row
+
+        return rows()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: None)
     return read
 
 
-HUB = {"corpus": "someone/stories", "subset": "en", "column": "story"}
+HUB: dict[str, Any] = {"corpus": "someone/stories", "subset": "en", "column": "story"}
 
 
 def test_hub_datasets_streamed_or_not_are_the_same_documents(on_the_hub):
@@ -437,7 +462,8 @@ def test_a_single_document_is_cut_in_two(tmp_path):
 
 
 def test_a_store_is_made_once(config, monkeypatch):
-    first, lines = text.open_store(config), []
+    lines: list[str] = []
+    first = text.open_store(config)
     monkeypatch.setattr(text, "documents", lambda config: pytest.fail("read the corpus again"))
     again = text.open_store(config, report=lines.append)
     assert again.fingerprint == first.fingerprint
@@ -482,14 +508,14 @@ def test_damaged_stores_are_refused_with_the_remedy(config):
         refused(rf"{name}: expected {len(whole)} bytes.*got none")
         file.write_bytes(whole)
     about = store.folder / "store.json"
-    whole = about.read_text()
-    about.write_text(whole[:100])
+    described = about.read_text()
+    about.write_text(described[:100])
     refused("store.json: cannot be read")
-    about.write_text(whole.replace(store.fingerprint, "0" * 64))
+    about.write_text(described.replace(store.fingerprint, "0" * 64))
     refused("expected the store with fingerprint")
-    about.write_text(whole.replace('"bytes"\n', '"byte"\n'))
+    about.write_text(described.replace('"bytes"\n', '"byte"\n'))
     refused("unknown kind of vocabulary")
-    about.write_text(whole)
+    about.write_text(described)
     text.open_store(config)
 
 
@@ -522,7 +548,7 @@ def test_bpe_is_trained_on_training_documents_only(config):
 def test_progress_is_reported(config, monkeypatch):
     monkeypatch.setattr(text, "_REPORT_EVERY", 1000)
     monkeypatch.setattr(text, "_GROUP", 500)
-    lines = []
+    lines: list[str] = []
     text.open_store(config, report=lines.append)
     assert len(lines) >= 3
     assert re.fullmatch(r"text: tokenised [\d,]+ tokens of .*corpus", lines[0])
@@ -650,9 +676,10 @@ def test_windows_can_be_limited_and_refuse_nonsense(config):
     for wrong in ({"stride": 0}, {"stride": 10}, {"limit": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected at"):
             store.windows("train", 9, **wrong)
+    sizes: dict[str, Any] = {"seed": 0, "step": 0, "batch_size": 1, "length": 1}
     for wrong in ({"seed": -1}, {"step": -1}, {"batch_size": 0}, {"length": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected at least"):
-            store.batch(**{"seed": 0, "step": 0, "batch_size": 1, "length": 1, **wrong})
+            store.batch(**{**sizes, **wrong})
     with pytest.raises(ConfigError, match="Did you mean 'validation'"):
         store.bytes_per_token("valid")
 

@@ -64,7 +64,8 @@ class Finding:
     name: the analysis. claim: the claim of the paper, in a sentence, with its number in THEORY.md's table.
     measured: name -> number. Units are in the names' `conventions` (nats unless said).
     interval: name -> (low, high), 95% bootstrap over paths, for names of `measured`; exact numbers have none.
-    null: name -> number: what the measured numbers are held against (a null model, or an exact reference).
+    null: name -> number: what the measured numbers are held against (a null model, or an exact reference). The
+        report sets `r2.untrained` beside the measured `r2`, and a plain `untrained` beside the first, the headline.
     conventions: name -> what was chosen where a choice changes the numbers, and units.
     arrays: name -> array, everything that the figures show and that a user may want.
     figures: how to draw the arrays; the first of the first finding opens the report.

@@ -91,16 +91,20 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
     for name, drawn in draws.items():
         low[name], high[name] = percentiles(drawn)
 
-    measured = {"r2": r2["context"], "r2_best_station": max(r2[f"station_{s}"] for s in range(S))}
+    best = max((f"station_{s}" for s in range(S)), key=r2.__getitem__)
+    measured = {"r2": r2["context"], "r2_best_station": r2[best]}
     interval = {"r2": (float(low["context"]), float(high["context"]))}
+    interval["r2_best_station"] = (float(low[best]), float(high[best]))
     null = {}
     if together:
         measured["r2_all_stations"] = r2["all_stations"]
         interval["r2_all_stations"] = (float(low["all_stations"]), float(high["all_stations"]))
     if subject.untrained is not None:
-        measured["excess"] = float(excess(r2["context"], r2["untrained_context"]))
-        ends = percentiles(np.asarray(excess(draws["context"], draws["untrained_context"])))
-        interval["excess"] = (float(ends[0]), float(ends[1]))
+        gained = np.asarray(excess(draws["context"], draws["untrained_context"]))
+        if np.isfinite(gained).all():
+            measured["excess"] = float(excess(r2["context"], r2["untrained_context"]))
+            ends = percentiles(gained)
+            interval["excess"] = (float(ends[0]), float(ends[1]))
         null["untrained"] = r2["untrained_context"]
         null["untrained_best_station"] = max(r2[f"untrained_station_{s}"] for s in range(S))
         if together:
@@ -146,7 +150,8 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
     )
     conventions = {
         "r2": "1 - squared error / variance, both summed over the belief's coordinates; at most 1, unbounded below",
-        "excess": "(r2 - untrained) / (1 - untrained)",
+        "excess": "(r2 - untrained) / (1 - untrained); left out where the untrained model leaves nothing to gain",
+        "best_station": f"{best.replace('_', ' ')}, chosen by the R² that is reported; its null is chosen likewise",
         "held_out": (
             f"{FOLDS} folds of prefixes: each prefix is predicted by the map fitted to the other folds. Distinct "
             f"prefixes are dealt to the folds in hashed order, from length {deal.fork} on together with their first "
@@ -169,7 +174,7 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
     if subject.untrained is None:
         conventions["untrained"] = "not available: this model has no step 0"
     beside = "" if subject.untrained is None else f", {null['untrained']:.4f} untrained"
-    gain = "" if subject.untrained is None else f"; training closed {measured['excess']:.1%} of the gap to 1"
+    gain = f"; training closed {measured['excess']:.1%} of the gap to 1" if "excess" in measured else ""
     return Finding(
         name="belief_geometry",
         claim="C8: a context vector is the composed concept: an affine image of it is the world's belief state.",

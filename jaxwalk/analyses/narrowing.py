@@ -64,7 +64,7 @@ def analyse(
         longest = 1 + int(math.log(enumerated) / math.log(max(V, 2)) + 1e-9)
         steps = min(longest if longest > 1 else 8, max(1, T // 4))
     exact = V ** (steps - 1) <= enumerated
-    # One token alone is a special case for trained attention (a sink), which worlds are short enough to show.
+    # In models of text a single token is often an attention sink, and no context like others.
     lengths = _lengths(1 if world is not None else 2, T - steps + 1)
     late = max(1, T // 4)
 
@@ -238,7 +238,7 @@ def _enumerated_entropies(
     By the chain rule: the entropies of the steps, weighted with the probability of what leads to each. So the
     last step is not enumerated.
     """
-    after = continuations(model.vocab_size, steps - 1)
+    after = continuations(model.vocab_size, steps - 1) if steps > 1 else np.zeros((1, 0), np.int32)
     n, length = next(iter(contexts.values())).shape
     rows = np.empty((len(contexts), n, len(after), length), np.int32)
     for i, (cut, paths) in enumerate(contexts.items()):

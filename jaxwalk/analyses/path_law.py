@@ -41,7 +41,7 @@ def analyse(
 ) -> Finding:
     """How far the model's law over paths is from the data's.
 
-    paths: held-out paths (by default 512 of a world, 128 of text). enumerated: the most paths that are.
+    paths: held-out paths (by default 512 of a world, 128 of text). enumerated: how many are enumerated, at most.
     samples: paths sampled from the model for the G-test. light: only the numbers that `training_walk` follows,
     held against the uniform law alone.
     """
@@ -149,7 +149,7 @@ def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"]) ->
         top = p == p.max(axis=-1, keepdims=True)
         return Steps(
             log_p[index, after],
-            -jnp.sum(p * log_p, axis=-1),
+            -jnp.sum(jnp.where(p > 0, p * log_p, 0), axis=-1),
             jnp.sum(truth * jnp.where(zero, 0, safe - log_p), axis=-1),
             jnp.where(possible, log_truth[index, after], 0),
             -jnp.sum(truth * safe, axis=-1),
@@ -161,19 +161,22 @@ def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"]) ->
 
 
 def _binned(p: Float[Array, "T V"], truth: Float[Array, "T V"], kept: Array) -> Float[Array, "K 4"]:
-    values = jnp.stack([jnp.ones_like(p), p, truth, p * (1 - p)])
+    values = jnp.stack([jnp.ones_like(p), p, truth])
 
     def above(edge: Array) -> Array:
-        return jnp.sum(jnp.where(kept & (p >= edge), values, 0), axis=(1, 2))
+        return jnp.sum(jnp.where(kept & (p >= edge), values, 0), axis=2)
 
-    # A sum above each edge; their differences are the bins.
+    # A sum above each edge; their differences are the bins, [K, 3, T].
     sums = lax.map(above, jnp.array([*EDGES[:-1], 2.0], p.dtype))
-    return sums[:-1] - sums[1:]
+    bins = sums[:-1] - sums[1:]
+    # Only one token comes at a step, so what comes in a bin is 0 or 1, however many tokens are in it.
+    given = jnp.clip(bins[:, 1:2], 0, 1)
+    return jnp.concatenate([bins, given * (1 - given)], axis=1).sum(axis=2)
 
 
-def batch_size(model: Transformer, length: int) -> int:
+def batch_size(law: "Transformer | NGram", length: int) -> int:
     """How many paths are walked together, so that the largest array in the way has about 2^22 elements."""
-    widest = max(model.vocab_size, 4 * model.width, 4 * length)
+    widest = max(law.vocab_size, 4 * length, 0 if isinstance(law, NGram) else 4 * law.width)
     return 1 << max(0, min(256, (1 << 22) // (length * widest)).bit_length() - 1)
 
 
@@ -189,7 +192,7 @@ def in_batches(function: Callable[..., Any], batch: int, *per_path: np.ndarray) 
 
 def observe(law: "Transformer | NGram", world: Any, rows: Int[np.ndarray, "n N"]) -> Steps:
     """`Steps` of many paths, in bounded memory; models of one shape share one compilation."""
-    batch = 256 if isinstance(law, NGram) else batch_size(law, rows.shape[1] - 1)
+    batch = batch_size(law, rows.shape[1] - 1)
     return in_batches(functools.partial(_observe, law, world), batch, rows.astype(np.int32))
 
 
@@ -454,9 +457,14 @@ class NGram:
     contexts: tuple[Any, ...]
     laws: tuple[Any, ...]
 
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.laws[0].shape[-1]
+
     def __call__(self, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
         """log p(. | tokens up to t): by the longest context that was seen."""
-        V = self.laws[0].shape[-1]
+        V = self.vocab_size
         law = jnp.broadcast_to(self.laws[0][0], (len(tokens), V))
         code = jnp.zeros(len(tokens), jnp.int32)
         for k in range(1, len(self.laws)):
@@ -483,7 +491,7 @@ def fit_ngrams(
             break
         code, after, inside = _context_codes(tokens, segments, V, k)
         seen, index = np.unique(code[inside], return_inverse=True)
-        if k and not 0 < len(seen) * V <= 1 << 23:
+        if k and not 0 < len(seen) * V <= 1 << 25:
             break
         counts = np.bincount(index * V + after[inside], minlength=len(seen) * V).reshape(-1, V)
         if k:
@@ -522,13 +530,14 @@ def _best_ngram(subject: Subject, length: int, budget: int = 1 << 17) -> tuple[N
         tokens, segments = (np.asarray(a) for a in subject.store.batch(subject.seed, 0, fresh, length, split="train"))
     fit, choose = slice(0, fresh * 4 // 5), slice(fresh * 4 // 5, None)
     order = min(length - 1, 10)
-    candidates = []
-    for smoothing in (1.0, 8.0, 64.0):
-        ngram = fit_ngrams(tokens[fit], segments[fit], V, order, smoothing)
-        losses = _ngram_losses(ngram, tokens[choose], segments[choose], V)
-        candidates += [(loss, k, smoothing, ngram) for k, loss in enumerate(losses)]
-    _, k, smoothing, ngram = min(candidates, key=lambda candidate: candidate[0])
-    return NGram(ngram.contexts[: k + 1], ngram.laws[: k + 1]), (
+    best = math.inf
+    for weight in (1.0, 8.0, 64.0):
+        fitted = fit_ngrams(tokens[fit], segments[fit], V, order, weight)
+        losses = _ngram_losses(fitted, tokens[choose], segments[choose], V)
+        if min(losses) < best:  # and only one is held
+            best, k, smoothing = min(losses), int(np.argmin(losses)), weight
+            ngram = NGram(fitted.contexts[: k + 1], fitted.laws[: k + 1])
+    return ngram, (
         f"order {k} (contexts of up to {k} tokens), interpolation weight {smoothing:g}, fitted on "
         f"{tokens[fit].size} tokens and chosen on {tokens[choose].size} others"
     )

@@ -65,10 +65,10 @@ def analyse(
     notes = {}
     if world is not None:
         exact = _world_law(world, prompt, steps)
-        if exact is None:
-            notes["world"] = "the world forbids this prompt: it has no law after it"
-        else:
+        if np.isfinite(exact[0]).any():
             laws["world"] = exact
+        else:
+            notes["world"] = "the world forbids this prompt: it has no law after it"
 
     measured: dict[str, float] = {}
     interval: dict[str, tuple[float, float]] = {}
@@ -102,9 +102,12 @@ def analyse(
                 null[f"next_kl.{name}"] = float(kl)
         null["next_kl.exact"] = 0.0
     returned = np.asarray(best.log_probs, np.float64)
-    certified = int(np.sum(returned >= float(best.bound))) if np.isfinite(returned).any() else 0
-    measured["top_paths_mass"] = float(np.exp(returned).sum())
-    null["top_paths_mass.uniform"] = min(1.0, k / float(V) ** steps)
+    top = np.asarray(best.tokens)[np.isfinite(returned)]  # there may be fewer paths than k, or none within the budget
+    returned = returned[np.isfinite(returned)]
+    certified = int(np.sum(returned >= float(best.bound)))
+    if len(top):
+        measured["top_paths_mass"] = float(np.exp(returned).sum())
+        null["top_paths_mass.uniform"] = len(top) / float(V) ** steps
 
     sensitivity, whole = _sensitivity(model, prompt)
     order = np.argsort(-after["model"], kind="stable")[:shown]
@@ -114,8 +117,8 @@ def analyse(
         "next_tokens": order,
         "next_symbols": _labels(subject, order),
         **{f"next_{name}": np.exp(law[order]) for name, law in after.items()},
-        "top_tokens": np.asarray(best.tokens),
-        "top_text": np.array([_text(subject, row) for row in np.asarray(best.tokens)]),
+        "top_tokens": top,
+        "top_text": np.array([_text(subject, row) for row in top], str),
         "top_log_probs": returned,
         "sampled_tokens": np.asarray(sampled.tokens),
         "sampled_text": np.array([_text(subject, row) for row in np.asarray(sampled.tokens)]),
@@ -161,8 +164,10 @@ def analyse(
         + ("a Monte Carlo estimate; interval: 1.96 standard errors" if error else "exact by enumeration"),
         "prompt_log_prob": "log P(prompt | its first token)",
         "next_kl": "KL(world || model) of the next token",
-        "top_paths": f"{certified} of {k} are certified to be the most probable (at or above bound "
-        f"{float(best.bound):.4g}); the mass of other paths is {float(best.unexplored_mass):.4g}",
+        "top_paths": f"{certified} of {len(top)} are certified to be the most probable (at or above bound "
+        f"{float(best.bound):.4g}); the mass of other paths is {float(best.unexplored_mass):.4g}"
+        if len(top)
+        else f"none: the law is so flat that the search found no whole path before it had expanded {budget} prefixes",
         "sampled_paths": f"{samples} exact samples of the model's law, no temperature",
         "sensitivity": "Frobenius norm of d context / d token vector, row: context, column: token; local, and no share "
         "of anything" + ("" if whole else "; last context vector only, as the prompt is long"),
@@ -172,8 +177,12 @@ def analyse(
         f"After this prompt the next {steps} tokens are worth {math.exp(measured['path_entropy']):.3g} effective paths "
         f"({measured['path_entropy']:.3f} nats"
         + "".join(f", {labels[name]} {null[name]:.3f}" for name in ("world", "untrained") if name in null)
-        + f"); the {k} most probable hold {measured['top_paths_mass']:.1%} of the probability, "
-        f"{certified} of them certified."
+        + (
+            f"); the {len(top)} most probable found hold {measured['top_paths_mass']:.1%} of the probability, "
+            f"{certified} of them certified."
+            if len(top)
+            else f"); the law is too flat for a search of {budget} prefixes to find the most probable."
+        )
     )
     return Finding("prompt", CLAIM, measured, interval, null, conventions, arrays, figures, verdict)
 
@@ -194,19 +203,18 @@ def _paths(
     return top_paths(model, prompt, steps, k, budget=budget), sample_paths(model, prompt, key, steps, samples)
 
 
+@functools.partial(jax.jit, static_argnames="steps")
 def _world_law(
-    world: Any, prompt: Int[np.ndarray, " P"], steps: int
-) -> tuple[Float[Array, " V"], Float[Array, ""], Estimate] | None:
-    """The world's exact numbers; None where it forbids the prompt. The entropy is NaN where paths are too many."""
+    world: Any, prompt: Int[Array, " P"], steps: int
+) -> tuple[Float[Array, " V"], Float[Array, ""], Estimate]:
+    """The world's exact numbers; NaN where it forbids the prompt. The entropy is NaN where paths are too many."""
     law = world.next_log_probs(prompt)[-1]
-    if not np.isfinite(world.path_log_prob(prompt)):
-        return None
     entropy = jnp.array(jnp.nan)
     if world.vocab_size**steps <= ENUMERABLE:
         after = continuations(world.vocab_size, steps)
-        rows = np.concatenate([np.broadcast_to(prompt, (len(after), len(prompt))), after], axis=1)
+        rows = jnp.concatenate([jnp.broadcast_to(prompt, (len(after), len(prompt))), after], axis=1)
         log_probs = jax.vmap(functools.partial(world.path_log_prob, given=len(prompt)))(rows)
-        entropy = jax.scipy.special.entr(jnp.exp(log_probs)).sum()
+        entropy = jnp.maximum(jax.scipy.special.entr(jnp.exp(log_probs)).sum(), 0)
     return law, world.path_log_prob(prompt, given=1), Estimate(entropy, jnp.zeros(()))
 
 
@@ -239,7 +247,5 @@ def _labels(subject: Subject, tokens: Int[np.ndarray, " n"], places: Int[np.ndar
 
 
 def _text(subject: Subject, tokens: Int[np.ndarray, " n"]) -> str:
-    """A path as text; empty for a slot that the search left unfilled."""
-    if (tokens < 0).any():
-        return ""
+    """A path as text."""
     return " ".join(map(str, tokens)) if subject.vocabulary is None else subject.vocabulary.decode(tokens)

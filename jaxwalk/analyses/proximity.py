@@ -163,7 +163,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
         "contexts": f"{len(at)} of positions {at[0]} to {at[-1]}, evenly spaced, of {n} paths",
         "nulls": "of the measured number before the dot",
         "intervals": "95%, bootstrap over paths",
-        "units": "shares from 0 to 1; log-probabilities in nats",
+        "units": "agreement from 0 to 1, shares from -1 to 1; log-probabilities in nats",
     }
 
     # Rotation of the whole space.

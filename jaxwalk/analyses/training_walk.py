@@ -53,7 +53,7 @@ def analyse(subject: Subject, *, scalars: tuple[str, ...] | None = None, paths: 
                 continue
             try:
                 found.setdefault(name, []).append(analyses.analyse(name, at_step, **_cheap(name, paths)))
-            except NotApplicable as reason:
+            except (NotApplicable, ValueError) as reason:  # as in `run`, it costs nothing but itself
                 left_out[name] = str(reason)
     series = {
         f"{name}.{key}": found[name]
@@ -76,16 +76,16 @@ def analyse(subject: Subject, *, scalars: tuple[str, ...] | None = None, paths: 
     figures, said = [], []
     for scalar, findings in series.items():
         key = scalar.partition(".")[2]
-        if key not in findings[0].measured:
-            raise ConfigError(unknown(f"number of {findings[0].name}", key, findings[0].measured))
-        values = np.array([f.measured[key] for f in findings])
+        if not any(key in f.measured for f in findings):
+            raise ConfigError(unknown(f"number of {findings[0].name}", key, findings[-1].measured))
+        values = np.array([f.measured.get(key, np.nan) for f in findings])  # NaN: not measured there
         ends = np.array([f.interval.get(key, (v, v)) for f, v in zip(findings, values, strict=True)])
         arrays |= {scalar: values, f"{scalar}.low": ends[:, 0], f"{scalar}.high": ends[:, 1]}
-        measured |= {f"{scalar}.first": values[0], f"{scalar}.last": values[-1]}
+        measured |= {f"{scalar}.first": float(values[0]), f"{scalar}.last": float(values[-1])}
         for which, f in (("first", findings[0]), ("last", findings[-1])):
             if key in f.interval:
                 interval[f"{scalar}.{which}"] = f.interval[key]
-        null[f"{scalar}.untrained" if steps[0] == 0 else f"{scalar}.step_{steps[0]}"] = values[0]
+        null[f"{scalar}.last.untrained" if steps[0] == 0 else f"{scalar}.last.step_{steps[0]}"] = values[0]
         figures.append(
             Figure(
                 name=scalar.replace(".", "_"),
