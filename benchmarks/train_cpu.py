@@ -17,17 +17,20 @@ import numpy as np
 
 SHAPES = {
     "a": {"depth": 4, "heads": 4, "width": 128, "length": 64, "batch": 12, "vocab": 65, "steps_per_call": 20},
-    "b": {"depth": 6, "heads": 6, "width": 384, "length": 256, "batch": 16, "vocab": 65, "steps_per_call": 1},
-    "c": {"depth": 4, "heads": 4, "width": 256, "length": 256, "batch": 16, "vocab": 8192, "steps_per_call": 1},
+    "b": {"depth": 6, "heads": 6, "width": 384, "length": 256, "batch": 16, "vocab": 65, "steps_per_call": 10},
+    "c": {"depth": 4, "heads": 4, "width": 256, "length": 256, "batch": 16, "vocab": 8192, "steps_per_call": 10},
 }
 
 
-def jaxwalk_steps(s: dict) -> tuple[Callable[[], None], int]:
-    """A function that runs one jitted call on fresh host batches, and how many steps it is."""
+def jaxwalk_steps(s: dict, plain: bool = False) -> tuple[Callable[[], None], int]:
+    """A function that runs one jitted call on fresh host batches, and how many steps it is.
+
+    With `plain`, x @ W is JAX's own product, batched by vmap, instead of that of jaxwalk/_product.py.
+    """
     import jax
 
     import jaxwalk as jw
-    from jaxwalk import training
+    from jaxwalk import filters, training
     from jaxwalk.config import MeshConfig, MLPConfig, OptimConfig, TrainConfig, WorldData
 
     config = TrainConfig(
@@ -64,10 +67,16 @@ def jaxwalk_steps(s: dict) -> tuple[Callable[[], None], int]:
     call = training.make_call(config, Batches(), update, mesh, state)  # type: ignore[arg-type]
     held = [jax.tree.leaves(state)]
     del state
+    batches = Batches()
 
     def run() -> None:
-        held[0], metrics = call(held[0], Batches().inputs(0, s["steps_per_call"]))
+        held[0], metrics = call(held[0], batches.inputs(0, s["steps_per_call"]))
         jax.block_until_ready(metrics)
+
+    if plain:
+        ours, filters.times = filters.times, lambda x, w: x @ w
+        run()  # compiles with it
+        filters.times = ours
 
     return run, s["steps_per_call"]
 
@@ -163,6 +172,7 @@ def main() -> None:
     for name in arguments.shapes:
         s = SHAPES[name]
         contenders = {"torch eager": torch_steps(s, False), "jaxwalk": jaxwalk_steps(s)}
+        contenders["plain product"] = jaxwalk_steps(s, plain=True)
         if not arguments.no_compile:
             contenders["torch compiled"] = torch_steps(s, True)
         for run, _ in contenders.values():

@@ -22,6 +22,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxwalk._product import times
 from jaxwalk.config import Activation
 
 Key = Any
@@ -93,7 +94,10 @@ class Unembed(nnx.Module):
     def __call__(self, context: Float[Array, " D"], token_table: Float[Array, "V D"]) -> Float[Array, " V"]:
         """Logits, in at least float32. `token_table` is the embedding matrix, used where tied."""
         weight = token_table if self.weight is None else self.weight
-        logits = jnp.dot(weight, context, preferred_element_type=wide(context.dtype))
+        if context.dtype == wide(context.dtype):
+            logits = times(context, weight.T)
+        else:
+            logits = jnp.dot(weight, context, preferred_element_type=wide(context.dtype))
         return logits if self.bias is None else logits + self.bias.astype(logits.dtype)
 
 
@@ -153,7 +157,7 @@ class Linear(nnx.Module):
         return Linear(weight, jnp.zeros(width_out, jnp.float32) if bias else None)
 
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " E"]:
-        y = x @ self.weight
+        y = times(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 

@@ -4,11 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from scipy.special import erf
 
 from jaxwalk import filters as f
+from jaxwalk._product import times
 from tests.conftest import float64, normal, perturbed, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
@@ -154,3 +156,78 @@ def test_reductions_are_wide():
     assert f.wide(jnp.bfloat16) == jnp.float32
     assert f.wide(jnp.float16) == jnp.float32
     assert f.wide(jnp.float64) == jnp.float64
+
+
+def plain(x, w):
+    return x @ w
+
+
+# What is mapped over, one entry for each vmap, outermost first; axis 1 of w is E and of x is the next batch dimension.
+MAPPED = {
+    "vector": ((), ()),
+    "positions": ((0,), (None,)),
+    "paths": ((0, 0), (None, None)),
+    "paths-last": ((0, 1), (None, None)),
+    "models": ((None,), (0,)),
+    "models-positions": ((0, 0), (0, None)),
+    "positions-models": ((0, 0), (None, 0)),
+    "models-paths-positions": ((0, 0, 0), (0, None, None)),
+    "one-path-many-models": ((None, 0), (0, None)),
+}
+
+
+@pytest.mark.parametrize("mapped", MAPPED)
+def test_times_is_the_product_under_every_transformation(mapped, x64):
+    """Batched by any nesting of vmaps: values, both derivatives of each order, and a derivative inside the batch."""
+    x_axes, w_axes = MAPPED[mapped]
+    rng = np.random.default_rng(0)
+    x_shape, w_shape = (D,), (D, E)
+    for size, x_axis, w_axis in zip((2, 3, 4), x_axes[::-1], w_axes[::-1], strict=False):
+        x_shape = x_shape if x_axis is None else (*x_shape[:x_axis], size, *x_shape[x_axis:])
+        w_shape = w_shape if w_axis is None else (*w_shape[:w_axis], size, *w_shape[w_axis:])
+    operands = jnp.asarray(rng.normal(size=x_shape)), jnp.asarray(rng.normal(size=w_shape))
+    tangents = jnp.asarray(rng.normal(size=x_shape)), jnp.asarray(rng.normal(size=w_shape))
+
+    def batched(function):
+        for x_axis, w_axis in zip(x_axes[::-1], w_axes[::-1], strict=True):
+            function = jax.vmap(function, (x_axis, w_axis))
+        return function
+
+    def results(product):
+        scalar = lambda x, w: jnp.sin(batched(product)(x, w)).sum()
+        inside = lambda x, w: jnp.sin(product(x, w)).sum()
+        gradient = jax.grad(scalar, (0, 1))
+        return {
+            "value": batched(product)(*operands),
+            "gradient": gradient(*operands),
+            "jvp": jax.jvp(scalar, operands, tangents)[1],
+            "jvp of gradient": jax.jvp(gradient, operands, tangents)[1],
+            "gradient of jvp": jax.grad(lambda x, w: jax.jvp(scalar, (x, w), tangents)[1], (0, 1))(*operands),
+            "linearize": jax.linearize(scalar, *operands)[1](*tangents),
+            "gradient inside": batched(jax.grad(inside, (0, 1)))(*operands),
+            "Jacobian inside": batched(jax.jacfwd(product, (0, 1)))(*operands),
+            "jit": jax.jit(gradient)(*operands),
+            "checkpoint": jax.grad(jax.checkpoint(scalar), (0, 1))(*operands),
+        }
+
+    for ours, theirs in zip(results(times).items(), results(plain).items(), strict=True):
+        jax.tree.map(
+            lambda a, b, name=ours[0]: np.testing.assert_allclose(a, b, 1e-12, 1e-12, err_msg=name), ours[1], theirs[1]
+        )
+
+
+def test_times_under_scan(x64):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(D, D))) / D
+    walk = lambda product: lambda w: jax.lax.scan(lambda x, _: (product(x, w), None), jnp.ones(D), None, 5)[0].sum()
+    np.testing.assert_allclose(jax.grad(walk(times))(w), jax.grad(walk(plain))(w), 1e-12)
+
+
+@pytest.mark.parametrize(("x", "w"), [((D,), (E, D)), ((2, D), (D, E)), ((D,), (D,))])
+def test_times_refuses_what_is_not_a_vector_times_a_matrix(x, w):
+    with pytest.raises((TypeError, jaxtyping.TypeCheckError)):
+        times(jnp.ones(x), jnp.ones(w))
+
+
+def test_times_refuses_two_dtypes():
+    with pytest.raises(TypeError, match="one dtype, got bfloat16 and float32"):
+        times(jnp.ones(D, jnp.bfloat16), jnp.ones((D, E)))

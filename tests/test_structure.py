@@ -14,6 +14,7 @@ PACKAGE = Path(jw.__file__).parent
 # DESIGN's table. A module imports only from lower levels, from its own room, or a sibling that its level lists first.
 LEVELS = {
     "_versions": 0,
+    "_product": 0,
     "config": 0,
     "filters": 1,
     "worlds": 1,

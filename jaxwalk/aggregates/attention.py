@@ -104,10 +104,10 @@ class Attention(Aggregate):
         return self.out.weight.shape[-2] // self.heads
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """Queries [T, H, K], keys [T, kv, K], values [T, kv, K] of x [T, D] at `positions` [T]."""
+        """Queries [H, T, K], keys [kv, T, K], values [kv, T, K] of x [T, D] at `positions` [T]."""
         H, N, K = self.heads, self.kv_heads, self.head_width
-        q, k, v = jnp.split(jax.vmap(self.qkv)(x), (H * K, (H + N) * K), axis=-1)
-        q, k, v = q.reshape(-1, H, K), k.reshape(-1, N, K), v.reshape(-1, N, K)
+        parts = jnp.split(jax.vmap(self.qkv)(x), (H * K, (H + N) * K), axis=-1)
+        q, k, v = (part.reshape(len(x), -1, K).transpose(1, 0, 2) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = jax.vmap(jax.vmap(self.q_norm))(q), jax.vmap(jax.vmap(self.k_norm))(k)
         if self.positions == "rope":
@@ -115,10 +115,10 @@ class Attention(Aggregate):
         return q, k, v
 
     def _weights(self, q: Array, k: Array, rows: Array, columns: Array, allowed: Array) -> Array:
-        """A [H, R, C] for queries [R, H, K] at positions `rows` and keys [C, kv, K] at positions `columns`."""
-        q = q.reshape(len(rows), self.kv_heads, -1, self.head_width)
-        scores = jnp.einsum("rgqk,cgk->gqrc", q, k, preferred_element_type=wide(q.dtype))
-        scores = scores.reshape(self.heads, len(rows), len(columns)) / math.sqrt(self.head_width)
+        """A [H, R, C] for queries [H, R, K] at positions `rows` and keys [kv, C, K] at positions `columns`."""
+        q = (q / math.sqrt(self.head_width)).reshape(self.kv_heads, -1, self.head_width)
+        scores = jnp.einsum("grk,gck->grc", q, k, preferred_element_type=wide(q.dtype))
+        scores = scores.reshape(self.heads, len(rows), len(columns))
         if self.positions == "alibi":
             scores = scores + alibi(self.heads, rows, columns, scores.dtype)
         # A finite floor, as a row of a state may have nothing to see, and -inf - -inf is NaN in the gradient.
@@ -138,10 +138,15 @@ class Attention(Aggregate):
         q, k, _ = self._project(x, positions)
         columns = jnp.arange(len(x))
         rows = columns if rows is None else rows
-        return self._weights(q[rows], k, rows, columns, causal_mask(rows, columns, runs, self.window))
+        return self._weights(q[:, rows], k, rows, columns, causal_mask(rows, columns, runs, self.window))
 
     def readout(self, y: Float[Array, "G T K"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
         return jax.vmap(self.out)(y.transpose(1, 0, 2).reshape(y.shape[1], -1))
+
+    def _combine(self, A: Array, v: Array) -> Array:
+        """A [H, R, C] times the values [kv, C, K] of each head's group: [H, R, K]."""
+        grouped = A.astype(v.dtype).reshape(self.kv_heads, -1, A.shape[-1])
+        return (grouped @ v).reshape(self.heads, -1, self.head_width)
 
     def __call__(self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None) -> Float[Array, "T D"]:
         return self._parallel(x, segments)[0]
@@ -156,32 +161,26 @@ class Attention(Aggregate):
             y = self._fused(q, k, v, index, causal_mask(index, index, borders, self.window))
         else:
             # In two blocks of queries, the first never touches the keys of the second: a quarter of the work less.
-            ends = (T,) if T < 64 else (T // 2, T)
+            ends = (T,) if T < 128 else (T // 2, T)
             blocks = []
             for start, end in zip((0, *ends), ends, strict=False):
                 rows, columns = index[start:end], index[:end]
-                A = self._weights(
-                    q[start:end], k[:end], rows, columns, causal_mask(rows, columns, borders, self.window)
+                allowed = causal_mask(rows, columns, borders, self.window)
+                blocks.append(
+                    self._combine(self._weights(q[:, start:end], k[:, :end], rows, columns, allowed), v[:, :end])
                 )
-                A = A.astype(v.dtype).reshape(self.kv_heads, -1, *A.shape[1:])
-                blocks.append(jnp.einsum("gqrc,cgk->rgqk", A, v[:end]))
-            y = jnp.concatenate(blocks)
-        return jax.vmap(self.out)(y.reshape(T, -1)), k, v
+            y = jnp.concatenate(blocks, axis=1)
+        return self.readout(y, x), k, v
 
     def _fused(self, q: Array, k: Array, v: Array, index: Array, allowed: Array) -> Array:
         # The whole mask is passed: kernels that are told of causality only have been seen to ignore the borders.
         bias = None
         if self.positions == "alibi":
             bias = alibi(self.heads, index, index, jnp.float32)[None].astype(q.dtype)
-        y = jax.nn.dot_product_attention(
-            q[None],
-            k[None],
-            v[None],
-            bias,
-            allowed[None, None],
-            implementation=self.kernel,  # type: ignore[arg-type]
-        )
-        return y[0]
+        q, k, v = (a.transpose(1, 0, 2)[None] for a in (q, k, v))
+        kernel: Any = self.kernel
+        y = jax.nn.dot_product_attention(q, k, v, bias, allowed[None, None], implementation=kernel)
+        return y[0].transpose(1, 0, 2)
 
     def init_state(self, length: int) -> State:
         N = length if self.window is None else min(self.window, length)
@@ -195,8 +194,8 @@ class Attention(Aggregate):
         kept = jnp.arange(max(P - N, 0), P)
         slots = kept % N
         return y, State(
-            state.keys.at[:, slots].set(k[kept].transpose(1, 0, 2)),
-            state.values.at[:, slots].set(v[kept].transpose(1, 0, 2)),
+            state.keys.at[:, slots].set(k[:, kept]),
+            state.values.at[:, slots].set(v[:, kept]),
             state.seen.at[slots].set(kept),
             jnp.array(P),
             state.length,
@@ -206,12 +205,11 @@ class Attention(Aggregate):
         position = state.position
         q, k, v = self._project(x[None], position[None])
         slot = position % len(state.seen)
-        keys, values = put(state.keys, slot, k[0]), put(state.values, slot, v[0])
+        keys, values = put(state.keys, slot, k[:, 0]), put(state.values, slot, v[:, 0])
         seen = state.seen.at[slot].set(position)
         allowed = (seen >= 0)[None] & causal_mask(position[None], seen, None, self.window)
-        A = self._weights(q, keys.transpose(1, 0, 2), position[None], seen, allowed)
-        A = A.astype(v.dtype).reshape(self.kv_heads, -1, len(seen))
-        y = self.out(jnp.einsum("gqc,gck->gqk", A, values).reshape(-1))
+        A = self._weights(q, keys, position[None], seen, allowed)
+        y = self.out(self._combine(A, values).reshape(-1))
         y = jnp.where(position < state.length, y, jnp.nan)
         return State(keys, values, seen, position + 1, state.length), y
 
@@ -219,12 +217,12 @@ class Attention(Aggregate):
         return dataclasses.replace(self, kernel="plain")
 
 
-def rotate(x: Float[Array, "T H K"], positions: Int[Array, " T"], theta: float) -> Float[Array, "T H K"]:
+def rotate(x: Float[Array, "H T K"], positions: Int[Array, " T"], theta: float) -> Float[Array, "H T K"]:
     """Rotary position embedding (Su et al., arXiv 2104.09864): pairs (k, k + K/2) turn by position * theta^(-2k/K)."""
     half = x.shape[-1] // 2
     dtype = wide(x.dtype)
     angles = positions.astype(dtype)[:, None] * (theta ** (-jnp.arange(half, dtype=dtype) / half))[None]
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    cos, sin = jnp.cos(angles)[None], jnp.sin(angles)[None]
     first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

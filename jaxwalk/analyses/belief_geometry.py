@@ -289,7 +289,7 @@ class Moments:
         x, y = self.x / self.count, self.y / self.count
         covariance = self.xx / self.count - np.outer(x, x)
         # Not by eigh: under OpenBLAS on busy cores that takes a thousand times longer than this.
-        ridge = RIDGE * max(np.trace(covariance), 1e-300) * np.eye(len(x))
+        ridge = RIDGE * max(np.trace(covariance), 1e-30) * np.eye(len(x))
         weight = np.linalg.solve(covariance + ridge, self.xy / self.count - np.outer(x, y))
         return Affine(weight, y - x @ weight)
 
