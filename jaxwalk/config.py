@@ -136,7 +136,7 @@ class ModelConfig(Checked):
     """Recompute each layer in the backward pass: less memory, a third more time."""
 
     def check(self) -> Iterable[str]:
-        yield from _at_least(self, vocab_size=1, max_length=1, width=1, depth=0)
+        yield from _at_least(self, vocab_size=1, max_length=1, width=1, depth=0, norm_eps=0)
         for what in ("aggregate", "filter"):
             if getattr(self, what) == ():
                 yield f"{what}: expected a choice, or a tuple of at least one, got ()"
@@ -209,6 +209,9 @@ class OptimConfig(Checked):
         yield from _at_least(self, lr=0, warmup=0, final_lr=0, weight_decay=0, eps=0, clip=0)
         if not 0 <= self.decay_share <= 1:
             yield f"decay_share: expected a share between 0 and 1, got {self.decay_share}"
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name}: expected at least 0 and less than 1, got {getattr(self, name)}"
 
 
 @dataclass(frozen=True)

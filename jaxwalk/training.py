@@ -97,8 +97,11 @@ class TextBatches:
         ]
 
 
-def make_batches(config: TrainConfig) -> WorldBatches | TextBatches:
-    """The data of a run. Raises ConfigError where the model's vocabulary is not the data's."""
+def make_batches(config: TrainConfig, report: Callable[[str], object] | None = None) -> WorldBatches | TextBatches:
+    """The data of a run. `report` takes a line now and then while text is tokenised.
+
+    Raises ConfigError where the model's vocabulary is not the data's.
+    """
     length = config.model.max_length + 1
     batches: WorldBatches | TextBatches
     if isinstance(config.data, WorldData):
@@ -107,7 +110,7 @@ def make_batches(config: TrainConfig) -> WorldBatches | TextBatches:
         key = stream(jax.random.key(config.seed), "data")
         batches = WorldBatches(world, vocabulary, config.batch_size, length, key)
     else:
-        batches = TextBatches(text.open_store(config.data), config.batch_size, length, config.seed)
+        batches = TextBatches(text.open_store(config.data, report), config.batch_size, length, config.seed)
     if batches.vocabulary.size != config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size: expected the size of the data's vocabulary, {batches.vocabulary.size}, "
@@ -471,12 +474,12 @@ def train(
             f"batch_size: expected batch_size / accumulate to be a multiple of the {mesh.shape['data']} ways of the "
             f"mesh's data axis, got {config.batch_size} / {config.accumulate}."
         )
-    batches = make_batches(config)
+    stop, progress = _Stop(), _Progress(config.steps, out)
+    batches = make_batches(config, progress.line)
     definition = definition_of(config, batches.vocabulary)
     if jax.process_index() == 0:
         prepare_workdir(workdir, definition, resume=resume is not False, overwrite=overwrite)
     checkpoints = Checkpoints(workdir, config, definition)
-    stop, progress = _Stop(), _Progress(config.steps, out)
 
     update = optimizer(config.optim, config.steps)
     state = make_state(config, update, mesh)

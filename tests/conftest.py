@@ -25,10 +25,13 @@ with install_import_hook("jaxwalk", "beartype.beartype(conf=beartype.BeartypeCon
     import jaxwalk.filters
     import jaxwalk.paths
     import jaxwalk.sensitivity
+    import jaxwalk.training
     import jaxwalk.transformer
 
     for _name in jw.aggregates.names():
         jw.aggregates.config_class(_name)
+    for _name in jw.analyses.names():
+        getattr(jw.analyses, _name)
 
 
 def float64():

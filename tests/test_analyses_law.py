@@ -15,7 +15,7 @@ import scipy.stats
 import jaxwalk as jw
 from jaxwalk.analyses import NotApplicable, Subject, analyse
 from jaxwalk.analyses import _statistics as statistics
-from jaxwalk.analyses.path_law import NGram, _observe, fit_ngrams
+from jaxwalk.analyses._laws import NGram, _observe, fit_ngrams
 from jaxwalk.config import ConfigError
 from jaxwalk.text import open_store
 from tests.conftest import model_of
@@ -281,8 +281,11 @@ def test_the_g_test_rejects_at_its_level_with_rare_cells_pooled():
     assert (ps < 0.05).mean() < 0.1
     other = rng.dirichlet(np.full(60, 0.3))
     assert statistics.g_test(rng.multinomial(500, other), law)[2] < 1e-10
-    with pytest.raises(ValueError, match="at least 2 cells"):
+    with pytest.raises(ValueError, match="two cells with 5 expected counts, got one"):
         statistics.g_test(np.array([10, 0]), np.array([1.0, 0.0]))
+    # Three cells of 3 each are one cell: the third would be left alone with less than 5.
+    with pytest.raises(ValueError, match="got one"):
+        statistics.g_test(np.array([3, 3, 3]), np.full(3, 1 / 3))
 
 
 # narrowing
@@ -392,7 +395,7 @@ def test_training_walk_follows_law_and_beliefs_of_a_world_by_default():
 
 def test_an_analysis_that_fails_at_a_step_costs_training_walk_its_own_series_only(monkeypatch):
     def broken(subject):
-        raise ValueError("context vectors: expected finite numbers, got NaN")
+        raise NotApplicable("context vectors: expected finite numbers, got NaN")
 
     monkeypatch.setattr("jaxwalk.analyses.belief_geometry.analyse", broken)
     load = {0: exact_subject().untrained, 5: exact_subject().model}

@@ -249,7 +249,7 @@ def test_missing_numbers_are_gaps(tmp_path):
         Figure("blank", "t", "x", "y", (Series("a", "matrix", style="heatmap"),)),
         Figure("constant", "t", "x", "y", (Series("a", "one", "x", "points", colour="one"),), equal_aspect=True),
     )
-    measured = {"none": None, "infinite": float("inf")}
+    measured = {"none": float("nan"), "infinite": float("inf")}
     result = report.write(
         [finding(arrays=arrays, figures=figures, measured=measured, interval={})], {}, tmp_path, title="t"
     )

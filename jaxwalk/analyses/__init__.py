@@ -44,7 +44,7 @@ def run(
         started(name)
         try:
             findings.append(analyse(name, subject))
-        except (NotApplicable, ValueError) as reason:
+        except NotApplicable as reason:
             skipped[name] = str(reason)
     return findings, skipped
 

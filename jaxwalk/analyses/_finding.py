@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 
 
-class NotApplicable(Exception):
-    """Raised by an analysis that makes no sense for this model or data. The message says why."""
+class NotApplicable(ValueError):
+    """Raised by an analysis that makes no sense for this model, or has too little data. The message says why."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from jaxwalk.analyses._finding import NotApplicable
+
 RESAMPLES = 1000
 
 
@@ -20,11 +22,11 @@ def bootstrap(
 ) -> tuple[float, float] | tuple[np.ndarray, np.ndarray]:
     """Percentile interval of `statistic(*per_path)` when paths, the first axis of each array, are resampled.
 
-    Raises ValueError with fewer than 8 paths, whose interval would mean nothing.
+    Raises NotApplicable with fewer than 8 paths, whose interval would mean nothing.
     """
     n = len(per_path[0])
     if n < 8:
-        raise ValueError(f"bootstrap: expected at least 8 paths for an interval, got {n}. Analyse more paths.")
+        raise NotApplicable(f"bootstrap: expected at least 8 paths for an interval, got {n}. Analyse more paths.")
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(resamples):
@@ -47,7 +49,7 @@ def resampled_means(per_path: np.ndarray, seed: int = 0) -> np.ndarray:
     per_path = np.asarray(per_path, float)
     n = len(per_path)
     if n < 8:
-        raise ValueError(f"bootstrap: expected at least 8 paths for an interval, got {n}. Analyse more paths.")
+        raise NotApplicable(f"bootstrap: expected at least 8 paths for an interval, got {n}. Analyse more paths.")
     # Means of resamples are weighted means: one matrix product instead of a thousand gathers.
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
     return np.tensordot(weights, per_path, axes=1)
@@ -92,7 +94,7 @@ def g_test(counts: np.ndarray, law: np.ndarray, least: float = 5.0) -> tuple[flo
     """Likelihood-ratio test of `counts` [n] against the probabilities `law` [n]: G, degrees of freedom, p-value.
 
     Cells are pooled, the rarest first, until each expects at least `least` counts, without which the chi-square
-    law of G would not hold. Under the hypothesis the p-value is uniform between 0 and 1. Raises ValueError where
+    law of G would not hold. Under the hypothesis the p-value is uniform between 0 and 1. Raises NotApplicable where
     fewer than two cells are left.
     """
     counts, expected = np.asarray(counts, float), np.sum(counts) * np.asarray(law, float) / np.sum(law)
@@ -104,9 +106,11 @@ def g_test(counts: np.ndarray, law: np.ndarray, least: float = 5.0) -> tuple[flo
             starts.append(cell)
             pooled = 0.0
         pooled += size
+    if pooled < least and len(starts) > 1:  # what is left over goes with the cell before it
+        starts.pop()
     counts, expected = np.add.reduceat(counts, starts), np.add.reduceat(expected, starts)
     if len(counts) < 2:
-        raise ValueError(f"g_test: expected at least 2 cells with {least:g} expected counts, got 1. Sample more paths.")
+        raise NotApplicable(f"g_test: expected two cells with {least:g} expected counts, got one. Sample more paths.")
     seen = counts > 0
     G = 2 * float(np.sum(counts[seen] * np.log(counts[seen] / expected[seen])))
     return G, len(counts) - 1, chi_square_tail(G, len(counts) - 1)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxwalk import checkpoint, text
+from jaxwalk.analyses._finding import NotApplicable
 from jaxwalk.config import TextData
 from jaxwalk.transformer import Transformer, check_tokens, plain
 
@@ -43,14 +44,14 @@ class Subject:
         """n held-out paths of `length` tokens (by default what the model can walk, `max_length`).
 
         From a world they are fresh samples; from text, windows of the validation split that lie in one document.
-        The same call gives the same paths. Raises ValueError if the data has not enough of them.
+        The same call gives the same paths. Raises NotApplicable if the data has not enough of them.
         """
         length = self.model.max_length if length is None else length
         if self.world is not None:
             key = jax.random.fold_in(jax.random.key(self.seed), 0x5EED)
             return np.asarray(self.world.sample(key, n, length))
         if self.store is None:
-            raise ValueError(
+            raise NotApplicable(
                 "paths: expected a world or a token store, got a model without data. Pass text to analyse."
             )
         found: list[np.ndarray] = []
@@ -60,7 +61,7 @@ class Subject:
             found.extend(tokens[whole])
             if len(found) >= n:
                 return np.stack(found[:n])
-        raise ValueError(
+        raise NotApplicable(
             f"paths: expected {n} windows of {length} tokens that lie in one document, found {len(found)}. "
             "Analyse shorter paths, or use a corpus of longer documents."
         )

@@ -73,7 +73,7 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
             for prefix, model in models.items():
                 stations, context, law = (np.asarray(a[:count], float) for a in _walks(model, batch))
                 if not np.isfinite(context).all():
-                    raise ValueError("context vectors: expected finite numbers, got NaN. Analyse an earlier step.")
+                    raise NotApplicable("context vectors: expected finite numbers, got NaN. Analyse an earlier step.")
                 views |= {f"{prefix}station_{s}": (stations[:, :, s], truth) for s in range(S)}
                 views |= {f"{prefix}context": (context, truth), f"{prefix}law": (law, truth)}
                 if together:
@@ -239,7 +239,7 @@ class Deal:
     """
 
     fork: int
-    hashes: tuple[UInt[np.ndarray, " prefixes"], ...]
+    hashes: tuple[UInt[np.ndarray, " _"], ...]
     """For each length up to `fork`, the sorted hashes of the distinct prefixes."""
 
     @classmethod
@@ -341,7 +341,7 @@ def predict(fits: list[Affine], x: Float[np.ndarray, "B T F"], folds: Int[np.nda
 def r_squared(sums: Float[np.ndarray, "... sums"]) -> Float[np.ndarray, "..."]:
     """R^2 from sums, or means, of the columns that `cross_fit` gives."""
     error, count, square, total = sums[..., 0], sums[..., 1], sums[..., 2], sums[..., 3:]
-    return 1 - error / (square - (total**2).sum(-1) / count)
+    return np.asarray(1 - error / (square - (total**2).sum(-1) / count))
 
 
 # The picture.

@@ -75,7 +75,7 @@ def analyse(
 
     seen = {"": observed(model)}
     if not np.isfinite(seen[""].norms).all():
-        raise ValueError("stations: expected finite numbers, got NaN. Analyse an earlier step.")
+        raise NotApplicable("stations: expected finite numbers, got NaN. Analyse an earlier step.")
     if subject.untrained is not None:
         seen["untrained"] = observed(subject.untrained)
 

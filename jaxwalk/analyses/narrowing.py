@@ -22,9 +22,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxwalk.analyses._finding import Figure, Finding, Series
+from jaxwalk.analyses._laws import batch_size, check_data, held_out_paths, in_batches, observe
 from jaxwalk.analyses._statistics import bootstrap, mean_interval
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.analyses.path_law import batch_size, check_data, held_out_paths, in_batches, observe
 from jaxwalk.paths import continuations
 from jaxwalk.transformer import State, Transformer, init_state, step
 

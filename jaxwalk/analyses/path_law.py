@@ -12,17 +12,23 @@ Nulls: the untrained model, the best n-gram model (interpolated, as in MacKay an
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._statistics import batches, bootstrap, g_test, mean_interval
+from jaxwalk.analyses._laws import (
+    EDGES,
+    NGram,
+    Steps,
+    best_ngram,
+    check_data,
+    held_out_paths,
+    observe,
+)
+from jaxwalk.analyses._statistics import bootstrap, g_test, mean_interval
 from jaxwalk.analyses._subject import Subject
 from jaxwalk.paths import continuations, enumerated_log_probs, next_log_probs, sample_paths
 from jaxwalk.transformer import Transformer
@@ -32,8 +38,6 @@ CLAIM = (
     "not only over those it was trained on."
 )
 LABELS = {"model": "model", "untrained": "untrained model", "ngram": "best n-gram model"}
-EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Of the bins in which probabilities are compared with what came of them."""
 
 
 def analyse(
@@ -62,7 +66,7 @@ def analyse(
     if not light:
         if subject.untrained is not None:
             laws["untrained"] = subject.untrained
-        ngram, chosen = _best_ngram(subject, held_out.shape[1])
+        ngram, chosen = best_ngram(subject, held_out.shape[1])
         laws["ngram"] = ngram
         conventions["ngram"] = chosen
     sampled = {name: observe(law, world, held_out) for name, law in laws.items()}
@@ -83,117 +87,6 @@ def analyse(
         figures=parts.figures,
         verdict=parts.verdict,
     )
-
-
-# Data, and what is kept of a law along a path. `narrowing` uses these too.
-
-
-def check_data(subject: Subject) -> None:
-    """Raises NotApplicable where the subject has no data that its laws could be held against."""
-    if subject.world is None and subject.store is None:
-        raise NotApplicable("it needs the data that the model was trained on: a world, or a store of text")
-    if subject.world is not None and subject.world.vocab_size != subject.model.vocab_size:
-        raise NotApplicable(
-            f"the world has {subject.world.vocab_size} tokens and the model {subject.model.vocab_size}: "
-            "there is no law to compare with"
-        )
-
-
-def held_out_paths(subject: Subject, n: int) -> Int[np.ndarray, "n N"]:
-    """n held-out paths of N = max_length + 1 tokens, the last of which is only predicted; shorter if documents are."""
-    length = subject.model.max_length + 1
-    while True:
-        try:
-            return np.asarray(subject.paths(n, length))
-        except ValueError as error:
-            if length <= 8:
-                raise NotApplicable(str(error)) from error
-            length = length // 2 + 1
-
-
-class Steps(NamedTuple):
-    """What is kept of a model's law along paths of T+1 tokens. Entry t is about the step after t+1 tokens.
-
-    log_prob: of the token that came. entropy: of the law. kl: KL(truth || law). world_log_prob, world_entropy: of
-    the truth. The truth is the world's law, and 0 is kept after a prefix that the world forbids; without a world
-    it is the token that came, so that `kl` is the loss. bins, top_bins: [K, 4], summed over steps: number of
-    probabilities, their sum, the summed truth, and the variance that a calibrated model expects of it; for all
-    tokens, and for the most probable one only.
-    """
-
-    log_prob: Any
-    entropy: Any
-    kl: Any
-    world_log_prob: Any
-    world_entropy: Any
-    bins: Any
-    top_bins: Any
-
-
-@jax.jit
-def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"]) -> Steps:
-    def one(row: Array) -> Steps:
-        before, after = row[:-1], row[1:]
-        index = jnp.arange(len(after))
-        log_p = law(before) if isinstance(law, NGram) else next_log_probs(law, before)
-        p = jnp.exp(log_p)
-        if world is None:
-            log_truth = jnp.where(after[:, None] == jnp.arange(p.shape[-1]), 0.0, -jnp.inf)
-            possible = jnp.ones(len(before), bool)
-        else:
-            log_truth = world.next_log_probs(before)[1:].astype(p.dtype)
-            possible = ~jnp.isnan(log_truth).any(axis=-1)
-        truth = jnp.where(possible[:, None], jnp.exp(log_truth), 0)
-        zero = truth == 0  # 0 log 0 = 0
-        safe = jnp.where(zero, 0, log_truth)
-        top = p == p.max(axis=-1, keepdims=True)
-        return Steps(
-            log_p[index, after],
-            -jnp.sum(jnp.where(p > 0, p * log_p, 0), axis=-1),
-            jnp.sum(truth * jnp.where(zero, 0, safe - log_p), axis=-1),
-            jnp.where(possible, log_truth[index, after], 0),
-            -jnp.sum(truth * safe, axis=-1),
-            _binned(p, truth, possible[:, None]),
-            _binned(p, truth, possible[:, None] & top & (jnp.cumsum(top, axis=-1) == 1)),
-        )
-
-    return jax.vmap(one)(rows)
-
-
-def _binned(p: Float[Array, "T V"], truth: Float[Array, "T V"], kept: Array) -> Float[Array, "K 4"]:
-    values = jnp.stack([jnp.ones_like(p), p, truth])
-
-    def above(edge: Array) -> Array:
-        return jnp.sum(jnp.where(kept & (p >= edge), values, 0), axis=2)
-
-    # A sum above each edge; their differences are the bins, [K, 3, T].
-    sums = lax.map(above, jnp.array([*EDGES[:-1], 2.0], p.dtype))
-    bins = sums[:-1] - sums[1:]
-    # Only one token comes at a step, so what comes in a bin is 0 or 1, however many tokens are in it.
-    given = jnp.clip(bins[:, 1:2], 0, 1)
-    return jnp.concatenate([bins, given * (1 - given)], axis=1).sum(axis=2)
-
-
-def batch_size(law: "Transformer | NGram", length: int) -> int:
-    """How many paths are walked together, so that the largest array in the way has about 2^22 elements."""
-    widest = max(law.vocab_size, 4 * length, 0 if isinstance(law, NGram) else 4 * law.width)
-    return 1 << max(0, min(256, (1 << 22) // (length * widest)).bit_length() - 1)
-
-
-def in_batches(function: Callable[..., Any], batch: int, *per_path: np.ndarray) -> Any:
-    """`function` of arrays with paths as first axis, over batches of one shape; results in float64 on the host."""
-    parts = []
-    for together in zip(*(batches(a, batch) for a in per_path), strict=True):
-        count = together[0][1]
-        part = function(*(a for a, _ in together))
-        parts.append(jax.tree.map(lambda a, count=count: np.asarray(a, np.float64)[:count], part))
-    return jax.tree.map(lambda *a: np.concatenate(a), *parts)
-
-
-def observe(law: "Transformer | NGram", world: Any, rows: Int[np.ndarray, "n N"]) -> Steps:
-    """`Steps` of many paths, in bounded memory; models of one shape share one compilation."""
-    batch = batch_size(law, rows.shape[1] - 1)
-    return in_batches(functools.partial(_observe, law, world), batch, rows.astype(np.int32))
 
 
 @dataclasses.dataclass
@@ -422,7 +315,7 @@ def _sampling(subject: Subject, laws: dict[str, Any], held_out: np.ndarray, samp
     out = _Parts(arrays={"sampled_counts": counts, "enumerated_law": law})
     try:  # impossible where the law leaves no choice
         G, cells, p = g_test(counts, law)
-    except ValueError as error:
+    except NotApplicable as error:
         out.conventions["g_test"] = f"none: {error}"
         return out
     out.measured["g_test_p"] = p
@@ -440,116 +333,3 @@ def _sampling(subject: Subject, laws: dict[str, Any], held_out: np.ndarray, samp
         f" Sampled paths differ from the enumerated law (G-test p = {p:.2g})."
     )  # fmt: skip
     return out
-
-
-# The n-gram null.
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["contexts", "laws"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class NGram:
-    """An interpolated n-gram model: each order is smoothed towards the one below it, the lowest towards uniform.
-
-    contexts: of each order k, the codes, in order, of the contexts of k tokens that were seen, [C_k].
-    laws: of each order, log p after each of these contexts, [C_k, V].
-    """
-
-    contexts: tuple[Any, ...]
-    laws: tuple[Any, ...]
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self.laws[0].shape[-1]
-
-    def __call__(self, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
-        """log p(. | tokens up to t): by the longest context that was seen."""
-        V = self.vocab_size
-        law = jnp.broadcast_to(self.laws[0][0], (len(tokens), V))
-        code = jnp.zeros(len(tokens), jnp.int32)
-        for k in range(1, len(self.laws)):
-            back = jnp.roll(tokens, k - 1).astype(jnp.int32)
-            code = code + back * V ** (k - 1)
-            slot = jnp.clip(jnp.searchsorted(self.contexts[k], code), 0, len(self.contexts[k]) - 1)
-            seen = (self.contexts[k][slot] == code) & (jnp.arange(len(tokens)) >= k - 1)
-            law = jnp.where(seen[:, None], self.laws[k][slot], law)
-        return law
-
-
-def fit_ngrams(
-    tokens: Int[np.ndarray, "n T"], segments: Int[np.ndarray, "n T"], V: int, order: int, smoothing: float
-) -> NGram:
-    """The n-gram models of order 0 to at most `order`, in one: p_k(v | c) = (n(c v) + s p_{k-1}(v)) / (n(c) + s).
-
-    Nothing is counted across a border of segments, nor in padding (segment 0). Stops at an order with too many
-    contexts to hold.
-    """
-    contexts, laws = [np.zeros(1, np.int32)], []
-    law, below = np.full((1, V), 1 / V), np.zeros(1, np.int64)
-    for k in range(order + 1):
-        if V**k > 1 << 30:
-            break
-        code, after, inside = _context_codes(tokens, segments, V, k)
-        seen, index = np.unique(code[inside], return_inverse=True)
-        if k and not 0 < len(seen) * V <= 1 << 25:
-            break
-        counts = np.bincount(index * V + after[inside], minlength=len(seen) * V).reshape(-1, V)
-        if k:
-            base = law[np.searchsorted(below, seen % V ** (k - 1))]  # the same context without its earliest token
-            contexts.append(seen.astype(np.int32))
-        else:
-            base = law
-        law = (counts + smoothing * base) / (counts.sum(axis=1, keepdims=True) + smoothing)
-        below = seen
-        laws.append(np.log(law).astype(np.float32))
-    return NGram(tuple(contexts), tuple(laws))
-
-
-def _context_codes(
-    tokens: np.ndarray, segments: np.ndarray, V: int, k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each token from the second on: the code of the k before it, itself, whether these lie in one document."""
-    code = np.zeros((len(tokens), tokens.shape[1] - 1), np.int64)
-    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    for j in range(k):
-        code[:, j:] += tokens[:, : tokens.shape[1] - 1 - j].astype(np.int64) * V**j
-        inside[:, :j] = False
-        inside[:, j:] &= segments[:, : tokens.shape[1] - 1 - j] == segments[:, 1 + j :]
-    return code, tokens[:, 1:], inside
-
-
-def _best_ngram(subject: Subject, length: int, budget: int = 1 << 17) -> tuple[NGram, str]:
-    """The order and smoothing that predict best, fitted and chosen on data of their own, and a sentence on them."""
-    V = subject.model.vocab_size
-    fresh = 5 * max(16, budget // length // 4)
-    if subject.world is not None:
-        key = jax.random.fold_in(jax.random.key(subject.seed), 0x96A3)
-        tokens = np.asarray(subject.world.sample(key, fresh, length))
-        segments = np.ones_like(tokens)
-    else:
-        tokens, segments = (np.asarray(a) for a in subject.store.batch(subject.seed, 0, fresh, length, split="train"))
-    fit, choose = slice(0, fresh * 4 // 5), slice(fresh * 4 // 5, None)
-    order = min(length - 1, 10)
-    best = math.inf
-    for weight in (1.0, 8.0, 64.0):
-        fitted = fit_ngrams(tokens[fit], segments[fit], V, order, weight)
-        losses = _ngram_losses(fitted, tokens[choose], segments[choose], V)
-        if min(losses) < best:  # and only one is held
-            best, k, smoothing = min(losses), int(np.argmin(losses)), weight
-            ngram = NGram(fitted.contexts[: k + 1], fitted.laws[: k + 1])
-    return ngram, (
-        f"order {k} (contexts of up to {k} tokens), interpolation weight {smoothing:g}, fitted on "
-        f"{tokens[fit].size} tokens and chosen on {tokens[choose].size} others"
-    )
-
-
-def _ngram_losses(ngram: NGram, tokens: np.ndarray, segments: np.ndarray, V: int) -> list[float]:
-    """Loss of each order, in nats per token."""
-    losses, inside = [], _context_codes(tokens, segments, V, 0)[2]
-    log_p = np.zeros(inside.shape)
-    for k, (contexts, law) in enumerate(zip(ngram.contexts, ngram.laws, strict=True)):
-        code, after, whole = _context_codes(tokens, segments, V, k)
-        slot = np.minimum(np.searchsorted(contexts, code), len(contexts) - 1)
-        log_p = np.where(whole & (contexts[slot] == code), law[slot, after], log_p)
-        losses.append(float(-log_p[inside].mean()))
-    return losses

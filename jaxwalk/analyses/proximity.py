@@ -84,7 +84,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
         for batch, count in batches(tokens, size):
             context, log_p = (np.asarray(a[:count], float) for a in _contexts(model, batch, at))
             if not np.isfinite(context).all():
-                raise ValueError("context vectors: expected finite numbers, got NaN. Analyse an earlier step.")
+                raise NotApplicable("context vectors: expected finite numbers, got NaN. Analyse an earlier step.")
             law = Law.of(log_p, ks)
             add(prefix, context, U, law)
             if prefix:

@@ -53,7 +53,7 @@ def analyse(subject: Subject, *, scalars: tuple[str, ...] | None = None, paths: 
                 continue
             try:
                 found.setdefault(name, []).append(analyses.analyse(name, at_step, **_cheap(name, paths)))
-            except (NotApplicable, ValueError) as reason:  # as in `run`, it costs nothing but itself
+            except NotApplicable as reason:  # as in `run`, it costs nothing but itself
                 left_out[name] = str(reason)
     series = {
         f"{name}.{key}": found[name]
