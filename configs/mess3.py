@@ -1,7 +1,10 @@
 """The quickstart: a small transformer on Mess3, whose belief states form a fractal (Shai et al., arXiv 2405.15943).
 
-python train.py configs/mess3.py
-python analyze.py runs/mess3
+    python train.py configs/mess3.py
+    python analyze.py runs/mess3
+
+On two CPU cores: 25 s, then 30 s. Excess loss 0.0010 nats per token (untrained 0.30, the best n-gram model 0.0014);
+the context vectors hold the belief state with R² 0.997 on held-out prefixes (untrained 0.82).
 """
 
 from jaxwalk import ModelConfig, TrainConfig, WorldData, aggregates

@@ -3,7 +3,8 @@
     python train.py configs/pydoc.py
     python analyze.py runs/pydoc --prompt "The object "
 
-TIMEPYDOC
+On two CPU cores: 2 min 20 s, then 55 s. 2.02 bits per byte on held-out documents (untrained 8.0, the best n-gram model
+2.65); more steps overfit, as the corpus is small. Another version of CPython has another text, and other numbers.
 """
 
 from jaxwalk import ModelConfig, TextData, TrainConfig, aggregates

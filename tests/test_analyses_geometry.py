@@ -326,11 +326,41 @@ def test_a_planted_affine_map_is_found_and_noise_is_not():
     np.testing.assert_allclose(belief_geometry.predict(fits["planted"], x, folds), y, atol=1e-8)
 
 
-def test_sums_give_the_fit_of_direct_least_squares_and_its_held_out_score():
+def ridge_fit(x, y, ridge):
+    """Least squares with the penalty as rows of the design: no normal equations, no sums."""
+    centre = x - x.mean(0)
+    penalty = np.sqrt(ridge * (centre**2).sum()) * np.eye(x.shape[1])
+    rows, targets = np.vstack([centre, penalty]), np.vstack([y - y.mean(0), np.zeros((x.shape[1], y.shape[1]))])
+    weight = np.linalg.lstsq(rows, targets, rcond=None)[0]
+    return weight, y.mean(0) - x.mean(0) @ weight
+
+
+def held_out_fits(x, y, folds):
+    """The fit for each fold, and R^2: the ridge is the one that predicts each of the other folds from the rest."""
+    fits, error = [], 0.0
+    for fold in range(belief_geometry.FOLDS):
+
+        def inner(ridge, fold=fold):
+            total = 0.0
+            for other in set(range(belief_geometry.FOLDS)) - {fold}:
+                kept, out = (folds != fold) & (folds != other), folds == other
+                weight, offset = ridge_fit(x[kept], y[kept], ridge)
+                total += ((x[out] @ weight + offset - y[out]) ** 2).sum()
+            return total
+
+        out = folds == fold
+        weight, offset = ridge_fit(x[~out], y[~out], min(belief_geometry.RIDGES, key=inner))
+        fits.append(np.vstack([weight, offset]))
+        error += ((x[out] @ weight + offset - y[out]) ** 2).sum()
+    return fits, 1 - error / ((y - y.mean(0)) ** 2).sum()
+
+
+@pytest.mark.parametrize("features", [4, 60])
+def test_sums_give_the_fit_of_direct_least_squares_and_its_held_out_score(features):
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 3, (300, 5))
-    x = rng.normal(size=(300, 5, 4)) + 3
-    y = np.tanh(x[..., :2]) + 0.1 * rng.normal(size=(300, 5, 2))
+    x = rng.normal(size=(300, 5, features)) / np.arange(1, features + 1) + 3
+    y = np.tanh(x[..., :2]) + 3 * rng.normal(size=(300, 5, 2))  # so much noise that a ridge pays
     folds = belief_geometry.Deal.of(tokens).folds(tokens)
 
     def stream():
@@ -338,14 +368,9 @@ def test_sums_give_the_fit_of_direct_least_squares_and_its_held_out_score():
             yield folds[rows], {"it": (x[rows], y[rows])}
 
     fits, sums = belief_geometry.cross_fit(stream)
-    design = np.concatenate([x, np.ones((300, 5, 1))], axis=-1)
-    error = 0.0
-    for fold, fit in enumerate(fits["it"]):
-        out = folds == fold
-        direct = np.linalg.lstsq(design[~out], y[~out], rcond=None)[0]
-        np.testing.assert_allclose(np.vstack([fit.weight, fit.offset]), direct, atol=1e-9)
-        error += ((design[out] @ direct - y[out]) ** 2).sum()
-    expected = 1 - error / ((y - y.mean((0, 1))) ** 2).sum()
+    direct, expected = held_out_fits(x.reshape(-1, features), y.reshape(-1, 2), folds.ravel())
+    for fit, one in zip(fits["it"], direct, strict=True):
+        np.testing.assert_allclose(np.vstack([fit.weight, fit.offset]), one, atol=1e-9)
     assert float(belief_geometry.r_squared(sums["it"].mean(0))) == pytest.approx(expected, abs=1e-10)
 
 
@@ -356,15 +381,7 @@ def test_the_score_of_a_model_is_that_of_its_context_vectors():
     folds = belief_geometry.Deal.of(tokens).folds(tokens).ravel()
     context = np.concatenate([jw.encoding_walk(subject.model, path).context for path in tokens]).astype(float)
     beliefs = np.concatenate([MESS3.beliefs(path)[1:] for path in tokens]).astype(float)
-    design = np.column_stack([context, np.ones(len(context))])
-    error = 0.0
-    for fold in np.unique(folds):
-        out = folds == fold
-        # LayerNorm leaves a direction of nothing but float32's rounding, which is not to be fitted.
-        direct = np.linalg.lstsq(design[~out], beliefs[~out], rcond=1e-5)[0]
-        error += ((design[out] @ direct - beliefs[out]) ** 2).sum()
-    expected = 1 - error / ((beliefs - beliefs.mean(0)) ** 2).sum()
-    assert finding.measured["r2"] == pytest.approx(expected, abs=1e-4)
+    assert finding.measured["r2"] == pytest.approx(held_out_fits(context, beliefs, folds)[1], abs=1e-4)
 
 
 def test_belief_geometry():

@@ -10,7 +10,7 @@ Nor does it show more than the next-step law where the belief is a linear functi
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from jaxwalk.analyses._subject import Subject
 from jaxwalk.transformer import Transformer
 
 FOLDS = 4
-RIDGE = 1e-12
+RIDGES = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Of the features' whole variance, added to the variance in each direction: redundant features get no weight."""
 FLOATS = 1 << 22
 """How many numbers of stations a batch may hold."""
@@ -158,7 +158,10 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
             f"{deal.fork} tokens, so that no prefix, and no path beyond its first tokens, is on both sides"
         ),
         "weighting": "a prefix counts as often as it was sampled, all positions alike",
-        "fit": (f"least squares with intercept, from sums in float64, with a ridge of {RIDGE:g} of the whole variance"),
+        "fit": (
+            f"least squares with intercept, from sums in float64, with a ridge of {RIDGES[0]:g} to {RIDGES[-1]:g} of "
+            "the whole variance, chosen within the folds that are fitted to: the one that predicts each from the others"
+        ),
         "interval": "95%, bootstrap over paths with the maps as fitted",
         "paths": len(tokens),
         "length": T,
@@ -275,23 +278,33 @@ class Moments:
     y: Float[np.ndarray, " N"]
     xx: Float[np.ndarray, "F F"]
     xy: Float[np.ndarray, "F N"]
+    yy: float
 
     @classmethod
     def of(cls, x: Float[np.ndarray, "n F"], y: Float[np.ndarray, "n N"]) -> "Moments":
         """The sums over these rows."""
-        return cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y)
+        return cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y, float((y * y).sum()))
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
 
-    def fit(self) -> Affine:
-        """The map of least squared error; where features are redundant, practically the one of least norm."""
+    def fit(self, ridge: float) -> Affine:
+        """The map of least squared error, with the weights' squared norm penalised by `ridge` of the whole variance.
+
+        With the least of `RIDGES`, where features are redundant, practically the one of least norm.
+        """
         x, y = self.x / self.count, self.y / self.count
         covariance = self.xx / self.count - np.outer(x, x)
         # Not by eigh: under OpenBLAS on busy cores that takes a thousand times longer than this.
-        ridge = RIDGE * max(np.trace(covariance), 1e-30) * np.eye(len(x))
-        weight = np.linalg.solve(covariance + ridge, self.xy / self.count - np.outer(x, y))
+        penalty = ridge * max(np.trace(covariance), 1e-30) * np.eye(len(x))
+        weight = np.linalg.solve(covariance + penalty, self.xy / self.count - np.outer(x, y))
         return Affine(weight, y - x @ weight)
+
+    def error(self, map: Affine) -> float:
+        """The summed squared error of `map` on these rows."""
+        W, b = map
+        fitted = np.sum(W * (self.xx @ W)) + 2 * (self.x @ W) @ b + self.count * (b @ b)
+        return float(self.yy - 2 * np.sum(W * self.xy) - 2 * self.y @ b + fitted)
 
 
 def cross_fit(
@@ -323,12 +336,27 @@ def cross_fit(
 
 
 def _fits_without_each(held: list[Moments | None]) -> list[Affine]:
+    """For each fold, the map fitted to the others, with the ridge that predicts each of these best from the rest."""
+    known = {fold: moments for fold, moments in enumerate(held) if moments is not None}
+
+    @functools.cache
+    def fit(left_out: frozenset[int], ridge: float) -> Affine:
+        kept = [moments for fold, moments in known.items() if fold not in left_out]
+        if not kept:
+            raise NotApplicable("the world has too few distinct paths to hold any out")
+        return functools.reduce(Moments.__add__, kept).fit(ridge)
+
     fits = []
     for fold in range(FOLDS):
-        others = [m for f, m in enumerate(held) if f != fold and m is not None]
-        if not others:
-            raise NotApplicable("the world has too few distinct paths to hold any out")
-        fits.append(functools.reduce(Moments.__add__, others).fit())
+        others = known.keys() - {fold}
+        if len(others) < 2:
+            fits.append(fit(frozenset([fold]), RIDGES[0]))
+            continue
+
+        def error(ridge: float, fold: int = fold, others: Collection[int] = others) -> float:
+            return sum(known[other].error(fit(frozenset([fold, other]), ridge)) for other in others)
+
+        fits.append(fit(frozenset([fold]), min(RIDGES, key=error)))
     return fits
 
 
