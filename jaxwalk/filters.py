@@ -192,8 +192,12 @@ class MLP(nnx.Module):
     down: Linear = nnx.data()
     activation: Activation = "gelu"
 
+    def hidden(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " E"]:
+        """The activations of the neurons."""
+        return activate(self.up(x), self.activation, hold)
+
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
-        return self.down(activate(self.up(x), self.activation, hold))
+        return self.down(self.hidden(x, hold=hold))
 
 
 @module
@@ -205,8 +209,12 @@ class GatedMLP(nnx.Module):
     down: Linear = nnx.data()
     activation: Activation = "silu"
 
+    def hidden(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " E"]:
+        """The activations of the neurons."""
+        return held(activate(self.gate(x), self.activation, False), hold) * self.up(x)
+
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
-        return self.down(held(activate(self.gate(x), self.activation, False), hold) * self.up(x))
+        return self.down(self.hidden(x, hold=hold))
 
 
 @module

@@ -48,11 +48,13 @@ class Walk(NamedTuple):
         `stations[0::2]` are the embedding and the outputs of the layers. All before the final norm.
     context: [T, D], the context vectors: the final norm of the last station.
     mixing: {layer: A [G, T, T]} of the layers that were asked for.
+    moves: [S-1, T, D], what each step adds to the station before it (post-norm: before the norm of the sum).
     """
 
     stations: Float[Array, "S T D"]
     context: Float[Array, "T D"]
     mixing: dict[int, Float[Array, "G T T"]]
+    moves: Float[Array, "S-1 T D"]
 
 
 def _each(filter: Callable[..., Array], hold: bool) -> Callable[[Array], Array]:
@@ -81,23 +83,31 @@ class Layer(nnx.Module):
         aggregate: Callable[[Array], Array],
         nudge: Float[Array, "2 T D"] | None = None,
         hold: bool = False,
-    ) -> Float[Array, "2 T D"]:
-        """Both stations of this layer. `aggregate` is what combines the positions: `self.aggregate` or its stand-in."""
-        after_aggregate = self._step(x, x, self.aggregate_norm, aggregate, hold)
+    ) -> tuple[Float[Array, "2 T D"], Float[Array, "2 T D"]]:
+        """Both stations of this layer, and both moves, what its steps add.
+
+        `aggregate` is what combines the positions: `self.aggregate` or its stand-in.
+        """
+        first = aggregate(self.source(x, self.aggregate_norm, hold))
+        after_aggregate = self._arrive(x + first, self.aggregate_norm, hold)
         if nudge is not None:
             after_aggregate = after_aggregate + nudge[0]
         if self.filter is None or self.filter_norm is None:
-            after_filter = after_aggregate
+            second, after_filter = jnp.zeros_like(first), after_aggregate
         else:
-            source = x if self.placement == "parallel" else after_aggregate
-            after_filter = self._step(after_aggregate, source, self.filter_norm, _each(self.filter, hold), hold)
+            before = x if self.placement == "parallel" else after_aggregate
+            second = _each(self.filter, hold)(self.source(before, self.filter_norm, hold))
+            after_filter = self._arrive(after_aggregate + second, self.filter_norm, hold)
         if nudge is not None:
             after_filter = after_filter + nudge[1]
-        return jnp.stack([after_aggregate, after_filter])
+        return jnp.stack([after_aggregate, after_filter]), jnp.stack([first, second])
 
-    def _step(self, x: Array, source: Array, norm: Norm, function: Callable[[Array], Array], hold: bool) -> Array:
-        normalise = _each(norm, hold)
-        return normalise(x + function(source)) if self.placement == "post" else x + function(normalise(source))
+    def source(self, x: Float[Array, "T D"], norm: Norm, hold: bool = False) -> Float[Array, "T D"]:
+        """What a step with this norm is given where the stream is x: its norm, except in a post-norm layer."""
+        return x if self.placement == "post" else _each(norm, hold)(x)
+
+    def _arrive(self, x: Array, norm: Norm, hold: bool) -> Array:
+        return _each(norm, hold)(x) if self.placement == "post" else x
 
 
 class State(NamedTuple):
@@ -191,7 +201,7 @@ class Transformer(nnx.Module):
                 raise ValueError(f"{what}: expected layers from 0 to {self.depth - 1}, got {sorted(asked)}.")
         recorded: dict[int, Array] = {}
 
-        def run(layer: Layer, x: Array, nudge: Array | None, number: int | None = None) -> Array:
+        def run(layer: Layer, x: Array, nudge: Array | None, number: int | None = None) -> tuple[Array, Array]:
             def aggregate(h: Array) -> Array:
                 if number in overrides:
                     A = overrides[number]
@@ -208,38 +218,52 @@ class Transformer(nnx.Module):
 
         x = jax.vmap(self.embed)(tokens) if vectors is None else vectors
         if self.positions is not None:
-            x = x + jax.vmap(self.positions)(runs_and_positions(segments, len(tokens))[1]).astype(x.dtype)
+            x = x + self.position_vectors(T, segments).astype(x.dtype)
         if nudge is not None:
             x = x + nudge[0]
-        stations = [x[None]]
+        stations, moves = [x[None]], [jnp.zeros_like(x, shape=(0, *x.shape))]
         if self.scan and self.depth and not overrides and not record_mixing:
-            stations.append(self._scan(run, x, nudge))
+            passed, added = self._scan(run, x, nudge)
+            stations.append(passed)
+            moves.append(added)
         else:
             for number, layer in enumerate(self.layers):
-                step: Callable[..., Array] = functools.partial(run, number=number)
+                step: Callable[..., tuple[Array, Array]] = functools.partial(run, number=number)
                 if self.remat and number not in record_mixing:
                     step = jax.checkpoint(step)
                 pair = None if nudge is None else nudge[2 * number + 1 : 2 * number + 3]
-                stations.append(step(layer, stations[-1][-1], pair))
+                passed, added = step(layer, stations[-1][-1], pair)
+                stations.append(passed)
+                moves.append(added)
         walked = jnp.concatenate(stations)
-        return Walk(walked, jax.vmap(functools.partial(self.context, hold=hold))(walked[-1]), recorded)
+        context = jax.vmap(functools.partial(self.context, hold=hold))(walked[-1])
+        return Walk(walked, context, recorded, jnp.concatenate(moves))
 
-    def _scan(self, run: Callable[..., Array], x: Array, nudge: Array | None) -> Array:
-        """The stations after the embedding, [S-1, T, D], compiled for one period of layers."""
+    def position_vectors(self, length: int, segments: Segments | None = None) -> Float[Array, "T D"]:
+        """What is added to the token vectors of a path of `length` tokens; zeros where a model has none."""
+        if self.positions is None:
+            return jnp.zeros_like(self.embed.table, shape=(length, self.width))
+        return jax.vmap(self.positions)(
+            runs_and_positions(None if segments is None else jnp.asarray(segments), length)[1]
+        )
+
+    def _scan(self, run: Callable[..., tuple[Array, Array]], x: Array, nudge: Array | None) -> tuple[Array, Array]:
+        """The stations after the embedding and the moves, [S-1, T, D] each, compiled for one period of layers."""
         period = layer_period(self.layers)
         stack = tuple(jax.tree.map(lambda *a: jnp.stack(a), *self.layers[i::period]) for i in range(period))
         nudges = None if nudge is None else nudge[1:].reshape(-1, period, 2, *x.shape)
 
-        def body(x: Array, args: tuple[tuple[Layer, ...], Array | None]) -> tuple[Array, Array]:
+        def body(x: Array, args: tuple[tuple[Layer, ...], Array | None]) -> tuple[Array, tuple[Array, Array]]:
             layers, nudges = args
-            stations = []
+            walked = []
             for i, layer in enumerate(layers):
-                stations.append(run(layer, x, None if nudges is None else nudges[i]))
-                x = stations[-1][-1]
-            return x, jnp.concatenate(stations)
+                walked.append(run(layer, x, None if nudges is None else nudges[i]))
+                x = walked[-1][0][-1]
+            stations, moves = zip(*walked, strict=True)
+            return x, (jnp.concatenate(stations), jnp.concatenate(moves))
 
-        stations = lax.scan(jax.checkpoint(body) if self.remat else body, x, (stack, nudges))[1]
-        return stations.reshape(-1, *x.shape)
+        stations, moves = lax.scan(jax.checkpoint(body) if self.remat else body, x, (stack, nudges))[1]
+        return stations.reshape(-1, *x.shape), moves.reshape(-1, *x.shape)
 
 
 def _check_shape(what: str, array: Array | None, expected: tuple[int | None, ...]) -> None:
@@ -421,7 +445,7 @@ def prefill(model: Transformer, tokens: Tokens, length: int) -> tuple[State, Flo
             states.append(state)
             return y
 
-        x = layer(x, aggregate)[-1]
+        x = layer(x, aggregate)[0][-1]
     return State(tuple(states), jnp.array(len(tokens))), model.logits(model.context(x[-1]))
 
 
@@ -440,5 +464,5 @@ def step(model: Transformer, state: State, token: Int[Array, ""] | int) -> tuple
             states.append(after)
             return y[None]
 
-        x = layer(x, aggregate)[-1]
+        x = layer(x, aggregate)[0][-1]
     return State(tuple(states), state.position + 1), model.logits(model.context(x[0]))

@@ -25,6 +25,7 @@ LEVELS = {
     "checkpoint": 4,
     "pretrained": 4,
     "sensitivity": 5,
+    "decomposition": 5,
     "training": 5,
     "analyses": 6,
     "report": 7,

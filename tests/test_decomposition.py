@@ -1,0 +1,254 @@
+"""Decompositions: the parts sum to the whole, the cuts agree with each other, and what is not exact raises."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jaxtyping import Array, Float
+
+import jaxwalk as jw
+from jaxwalk import decomposition as d
+from jaxwalk.filters import Linear, module
+from tests.conftest import float64, model_of, to64
+
+pytestmark = pytest.mark.usefixtures("strict_numerics")
+
+TOKENS = np.array([1, 4, 0, 2, 2, 3, 1])
+SEGMENTS = np.array([1, 1, 1, 2, 2, 2, 2])
+T, D = 7, 16
+ATTENTION = functools.partial(jw.aggregates.config, "attention")
+MODELS = {
+    "pre": {},
+    "pre-gated": {"filter": jw.MLPConfig(gated=True, activation="silu"), "unembed_bias": True},
+    "pre-rms-nobias": {
+        "norm": "rms_norm",
+        "positions": "none",
+        "aggregate": ATTENTION(positions="alibi", bias=False, qk_norm=True, window=3),
+        "filter": jw.MLPConfig(activation="relu", bias=False),
+        "tied": True,
+    },
+    "post": {"placement": "post", "aggregate": ATTENTION(positions="rope", heads=4, kv_heads=2)},
+    "post-rms": {"placement": "post", "norm": "rms_norm", "filter": jw.MLPConfig(gated=True)},
+    "parallel": {"placement": "parallel", "filter": jw.MLPConfig(activation="gelu_tanh")},
+    "no-filter": {"filter": None, "aggregate": ("attention", "causal_mean")},
+    "sinusoidal": {"positions": "sinusoidal", "aggregate": "fixed_mixing", "scan": True},
+    "no-layers": {"depth": 0},
+}
+QUICK = ("pre-gated", "pre-rms-nobias", "post", "parallel")
+each = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+CUTS = {
+    "token": d.decompose,
+    "steps": d.decompose_steps,
+    "steps-token": d.decompose_steps_by_token,
+    "heads": functools.partial(d.decompose_heads, layer=1),
+    "neurons": functools.partial(d.decompose_neurons, layer=0),
+}
+
+
+@functools.cache
+def model64(name):
+    with float64():
+        return to64(model_of(**MODELS[name]))
+
+
+def total(parts):
+    """The sum of all parts of a decomposition, by the names in its docstring."""
+    sums = 0.0
+    for field, value in parts._asdict().items():
+        if field not in ("whole", "error"):
+            sums = sums + np.asarray(value, float).reshape(-1, D).sum(0)
+    return sums
+
+
+def applies(cut, name):
+    model = model_of(**MODELS[name])
+    return (cut not in ("heads", "neurons") or model.depth) and (cut != "neurons" or model.layers[0].filter is not None)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@each
+def test_the_parts_of_every_cut_sum_to_what_the_model_computes(name, cut, x64):
+    if not applies(cut, name):
+        pytest.skip("nothing to cut")
+    model = model64(name)
+    walk = model.walk(TOKENS)
+    for at, station in ((-1, None), (2, None), (4, min(3, 2 * model.depth))):
+        parts = CUTS[cut](model, TOKENS, at=at, station=station)
+        if cut not in ("heads", "neurons"):  # whose whole is a part
+            whole = walk.context[at] if station is None else walk.stations[station, at]
+            np.testing.assert_allclose(parts.whole, whole, 1e-12, 1e-12)
+        assert parts.error <= 1e-13
+        np.testing.assert_allclose(total(parts), parts.whole, 1e-11, 1e-11)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", ["pre-gated", "post-rms"])
+def test_float32_is_exact_to_rounding(name, cut):
+    if not applies(cut, name):
+        pytest.skip("nothing to cut")
+    assert CUTS[cut](model_of(**MODELS[name]), TOKENS).error <= 2e-6
+
+
+@each
+def test_the_cuts_agree(name, x64):
+    model = model64(name)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
+    for at, station in ((-1, None), (3, None), (5, min(3, 2 * model.depth))):
+        by_token = d.decompose(model, TOKENS, at, station=station)
+        steps = d.decompose_steps(model, TOKENS, at, station=station)
+        both = d.decompose_steps_by_token(model, TOKENS, at, station=station)
+        own = (np.arange(T) == at % T)[:, None] * np.ones((1, D))
+        close(both.by_token.sum(0) + own * np.asarray(both.token)[None], by_token.by_token)
+        close(both.by_position.sum(0) + own * np.asarray(both.position)[None], by_token.by_position)
+        close(both.by_step_bias.sum(0) + both.bias, by_token.bias)
+        close(both.by_token.sum(1) + both.by_position.sum(1) + both.by_step_bias, steps.by_step + steps.by_step_bias)
+        for layer in range(model.depth):
+            if station is None or station > 2 * layer:
+                heads = d.decompose_heads(model, TOKENS, layer, at, station=station)
+                close(heads.whole, steps.by_step[2 * layer] + steps.by_step_bias[2 * layer])
+            if model.layers[layer].filter is not None and (station is None or station > 2 * layer + 1):
+                neurons = d.decompose_neurons(model, TOKENS, layer, at, station=station)
+                close(neurons.whole, steps.by_step[2 * layer + 1] + steps.by_step_bias[2 * layer + 1])
+
+
+@each
+def test_the_parts_are_slopes_of_the_walk_with_its_coefficients_frozen(name, x64):
+    """By values alone: the model written out in numpy, every coefficient a number of its own walk, and differences."""
+    model = model64(name)
+    walk = jax.tree.map(np.asarray, model.walk(TOKENS, record_mixing=tuple(range(model.depth))))
+    vectors, frozen = np.asarray(model.embed.table)[TOKENS], functools.partial(frozen_context, model, walk)
+    parts = d.decompose(model, TOKENS)
+    np.testing.assert_allclose(frozen(vectors), parts.whole, 1e-10, 1e-11)
+    for j in range(T):
+        moved = np.zeros((T, 1))
+        moved[j] = 0.5
+        change = frozen(vectors * (1 + moved)) - frozen(vectors * (1 - moved))
+        np.testing.assert_allclose(change, parts.by_token[j], 1e-9, 1e-10)
+
+
+def frozen_context(model, walk, vectors):
+    """The last context vector of these token vectors, with all coefficients as they were in `walk`."""
+    sums = np.concatenate([walk.stations[:-1] + walk.moves, walk.stations[-1:]])
+
+    def norm(module, was, x):
+        """`x` normalised as `was` is."""
+        if hasattr(module, "bias"):
+            was, x = (a - a.mean(-1, keepdims=True) for a in (was, x))
+        y = x / np.sqrt((was**2).mean(-1, keepdims=True) + module.eps) * np.asarray(module.scale)
+        return y if getattr(module, "bias", None) is None else y + np.asarray(module.bias)
+
+    def linear(module, x):
+        y = x @ np.asarray(module.weight)
+        return y if module.bias is None else y + np.asarray(module.bias)
+
+    def mlp(module, was, x):
+        """`x` with the gates that `was` opened."""
+        gate = linear(module.gate if hasattr(module, "gate") else module.up, was)
+        opened = np.asarray(jw.filters.GATES[module.activation](jnp.asarray(gate)))
+        return linear(module.down, opened * (gate if hasattr(module, "gate") else 1) * linear(module.up, x))
+
+    x = vectors + np.asarray(model.position_vectors(T))
+    for number, layer in enumerate(model.layers):
+        post, parallel = layer.placement == "post", layer.placement == "parallel"
+        s = 2 * number
+        h = x if post else norm(layer.aggregate_norm, walk.stations[s], x)
+        mixed = walk.mixing[number] @ np.asarray(layer.aggregate.values(jnp.asarray(h)))
+        after = x + np.asarray(layer.aggregate.readout(jnp.asarray(mixed), jnp.asarray(h)))
+        after = norm(layer.aggregate_norm, sums[s], after) if post else after
+        if layer.filter is not None:
+            was, source = (walk.stations[s], x) if parallel else (walk.stations[s + 1], after)
+            if not post:
+                was, source = norm(layer.filter_norm, was, was), norm(layer.filter_norm, was, source)
+            after = after + mlp(layer.filter, was, source)
+            after = norm(layer.filter_norm, sums[s + 1], after) if post else after
+        x = after
+    return (x if model.norm is None else norm(model.norm, walk.stations[-1], x))[-1]
+
+
+def test_tokens_of_another_document_and_of_the_future_have_no_part(x64):
+    parts = d.decompose(model64("pre"), TOKENS, 5, segments=SEGMENTS)
+    np.testing.assert_array_equal(parts.by_token[:3], 0)
+    np.testing.assert_array_equal(parts.by_token[6], 0)
+    assert np.abs(parts.by_token[3:6]).min() > 0
+    heads = d.decompose_heads(model64("pre"), TOKENS, 1, 5, segments=SEGMENTS)
+    np.testing.assert_array_equal(heads.by_head[:, :3], 0)
+    alone = d.decompose(model64("pre"), TOKENS[3:], 2)
+    np.testing.assert_allclose(parts.by_token[3:], alone.by_token, 1e-11, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["pre-gated", "post"])
+def test_attributions_with_the_entropy_part_sum_to_the_log_probability(name, x64):
+    model = model64(name)
+    parts, steps = d.decompose(model, TOKENS), d.decompose_steps(model, TOKENS)
+    log_p = jw.next_log_probs(model, TOKENS)[-1]
+    for token in range(model.vocab_size):
+        direction, constant = d.log_prob_readout(model, parts.whole, token)
+        by_token = parts.by_token @ direction
+        rest = (parts.by_position.sum(0) + parts.bias) @ direction
+        np.testing.assert_allclose(by_token.sum() + rest + constant, log_p[token], 1e-11, 1e-11)
+        np.testing.assert_allclose(total(steps) @ direction + constant, log_p[token], 1e-11, 1e-11)
+        direction, constant = d.logit_readout(model, token)
+        np.testing.assert_allclose(total(parts) @ direction + constant, model.logits(parts.whole)[token], 1e-11, 1e-11)
+
+
+def test_batched_and_jitted_as_alone():
+    model = model_of()
+    paths = np.array([TOKENS, TOKENS[::-1]])
+    batched = jax.jit(jax.vmap(lambda t: d.decompose(model, t, 3)))(paths)
+    for i, path in enumerate(paths):
+        alone = d.decompose(model, path, 3)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, 1e-4, 1e-5), batched, alone)
+    assert (batched.error < 1e-5).all()
+
+
+@module
+class Softplus(nnx.Module):
+    """A filter whose function has no coefficient to hold."""
+
+    up: Linear = nnx.data()
+
+    def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
+        return jax.nn.softplus(self.up(x))
+
+
+def test_what_is_not_affine_when_held_is_refused(monkeypatch):
+    model = model_of()
+    unknown = dataclasses.replace(model.layers[0], filter=_typed(model.layers[0].filter))
+    with pytest.raises(d.DecompositionError, match="expected a relative error of at most 1e-05, got"):
+        d.decompose(dataclasses.replace(model, layers=(unknown, model.layers[1])), TOKENS)
+
+
+def _typed(filter):
+    """An MLP whose gate is not held, whatever it is asked."""
+
+    class Unheld(jw.filters.MLP):
+        def hidden(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " E"]:
+            return super().hidden(x, hold=False)
+
+    return module(Unheld)(filter.up, filter.down, filter.activation)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda m: d.decompose(m, TOKENS, 7), "at: expected a position from -7 to 6, got 7"),
+        (lambda m: d.decompose(m, TOKENS, station=5), "station: expected one from 0 to 4"),
+        (lambda m: d.decompose_heads(m, TOKENS, 2), "layer: expected one from 0 to 1, got 2"),
+        (lambda m: d.decompose_heads(m, TOKENS, 1, station=2), "station: expected one from 3 on"),
+        (lambda m: d.decompose_neurons(m, TOKENS, 0, station=1), "station: expected one from 2 on"),
+        (lambda m: d.decompose(jw.astype(m, jnp.bfloat16), TOKENS), "expected float32 or float64, got bfloat16"),
+        (lambda m: d.decompose(m, TOKENS + 9), "expected ids from 0 to 4"),
+    ],
+)
+def test_what_does_not_exist_is_named(ask, message):
+    with pytest.raises(ValueError, match=message):
+        ask(model_of())
+
+
+def test_a_layer_without_neurons():
+    with pytest.raises(ValueError, match=r"whose filter has neurons, of \[\], got 0"):
+        d.decompose_neurons(model_of(filter=None), TOKENS, 0)
