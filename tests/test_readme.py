@@ -13,12 +13,16 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 def test_the_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict = {}
     for block in blocks:
         exec(block, names)
     assert names["log_probs"].shape == (8,)
     assert names["every_station"].shape == names["walk"].stations.shape == (5, 16, 32)
+    parts, direction = names["parts"], names["direction"]
+    rest = (parts.by_position.sum(0) + parts.bias) @ direction + names["constant"]
+    log_p = jw.next_log_probs(names["model"], names["paths"][0])[-1, 2]
+    np.testing.assert_allclose(names["shares"].sum() + rest, log_p, rtol=1e-5)
     assert names["exact"].all()
     assert 0 < float(names["visit"].value) < 1
     assert names["influence"].shape == (8, 16, 16)
