@@ -47,6 +47,8 @@ _ROOMS = {
         "context_sensitivity",
         "context_jvp",
         "context_vjp",
+        "Spectrum",
+        "context_spectrum",
     ),
     "jaxwalk.decomposition": (
         "Decomposition",
@@ -58,12 +60,20 @@ _ROOMS = {
         "logit_readout",
         "log_prob_readout",
     ),
+    "jaxwalk.attribution": (
+        "Attribution",
+        "held_attribution",
+        "gradient_attribution",
+        "integrated_gradients",
+        "occlusion",
+    ),
     "jaxwalk.checkpoint": ("load",),
     "jaxwalk.analyses": ("Finding",),
 }
 _SUBMODULES = (
     "aggregates",
     "analyses",
+    "attribution",
     "checkpoint",
     "config",
     "decomposition",

@@ -4,7 +4,9 @@ All take one path, with fused kernels replaced by their plain form where a deriv
 with `jax.vmap`.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +89,82 @@ def context_vjp(
 ) -> Float[Array, "T D"]:
     """How the token vectors would have to move to raise sum(cotangents * contexts) fastest: J' c, by reverse mode."""
     return _context_vjp(model, tokens, segments)(cotangents)
+
+
+class Spectrum(NamedTuple):
+    """The largest singular values of a Jacobian J [D, D], with their vectors: J right_i = values_i left_i.
+
+    values: [k], falling. left: [k, D], how the context vector moves. right: [k, D], along which the token vector
+    moves. residual: [k], the most that each value may be off: |J' left_i - values_i right_i|, in units of the values.
+    """
+
+    values: Float[Array, " k"]
+    left: Float[Array, "k D"]
+    right: Float[Array, "k D"]
+    residual: Float[Array, " k"]
+
+
+def context_spectrum(
+    model: Transformer,
+    tokens: Tokens,
+    source: int,
+    at: int = -1,
+    k: int = 8,
+    *,
+    steps: int | None = None,
+    segments: Segments | None = None,
+) -> Spectrum:
+    """The top k singular values and vectors of d context_at / d token vector_source, without forming the Jacobian.
+
+    Golub-Kahan-Lanczos bidiagonalisation, fully reorthogonalised: each of the `steps` (by default 2k + 16, at most D)
+    is one Jacobian-vector product each way. Look at `residual`, and take more steps where it is too large. A source
+    after `at` has a spectrum of zeros. Raises ValueError for positions that do not exist and a k that is not from 1
+    to D.
+    """
+    tokens = check_tokens(model, tokens)
+    T, D = len(tokens), model.width
+    for what, position in (("source", source), ("at", at)):
+        if not -T <= position < T:
+            raise ValueError(f"{what}: expected a position from {-T} to {T - 1}, got {position}.")
+    steps = min(2 * k + 16, D) if steps is None else steps
+    if not 1 <= k <= steps <= D:
+        raise ValueError(f"k, steps: expected 1 <= k <= steps <= {D} (the width), got k = {k}, steps = {steps}.")
+    segments = None if segments is None else jnp.asarray(segments)
+    return _spectrum(plain(model), tokens, segments, jnp.asarray(source) % T, jnp.asarray(at) % T, k, steps)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "steps"))
+def _spectrum(
+    model: Transformer, tokens: Array, segments: Array | None, source: Array, at: Array, k: int, steps: int
+) -> Spectrum:
+    vectors = token_vectors(model, tokens)
+    context = lambda v: _contexts(model, tokens, segments)(vectors.at[source].set(v))[at]
+    _, push = jax.linearize(context, vectors[source])
+    pull = jax.linear_transpose(push, vectors[source])
+    D, dtype = model.width, vectors.dtype
+
+    def orthogonal(x: Array, basis: Array) -> tuple[Array, Array]:
+        """x without its part in the rows of `basis`, as a unit vector, and its length; twice is enough."""
+        for _ in range(2):
+            x = x - (basis @ x) @ basis
+        length = jnp.linalg.norm(x)
+        return x / jnp.maximum(length, jnp.finfo(dtype).tiny), length
+
+    def step(carry: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+        left, right, v = carry
+        right = right.at[i].set(v)
+        u, alpha = orthogonal(push(v), left)
+        left = left.at[i].set(u)
+        v, beta = orthogonal(pull(u)[0], right)
+        return (left, right, v), (alpha, beta)
+
+    empty = jnp.zeros((steps, D), dtype)
+    first = jax.random.normal(jax.random.key(0), (D,), dtype)
+    start = (empty, empty, first / jnp.linalg.norm(first))
+    (left, right, _), (alpha, beta) = lax.scan(step, start, jnp.arange(steps))
+    U, values, Vt = jnp.linalg.svd(jnp.diag(alpha) + jnp.diag(beta[:-1], 1))
+    residual = beta[-1] * jnp.abs(U[-1])
+    return Spectrum(values[:k], (U.T @ left)[:k], (Vt @ right)[:k], residual[:k])
 
 
 def _contexts(model: Transformer, tokens: Tokens, segments: Segments | None) -> Callable[[Array], Array]:

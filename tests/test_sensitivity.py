@@ -164,3 +164,38 @@ def test_products_respect_borders():
     pull = jax.jit(lambda m, c: jw.context_vjp(m, TOKENS, c, segments))(m, last)
     assert not np.array(pull[:3]).any()
     assert np.abs(pull[3:]).max() > 0
+
+
+@pytest.mark.parametrize("steps", [16, 9])
+@pytest.mark.parametrize(("name", "source", "at"), [("pre", 5, -1), ("post-rope", 2, 4), ("parallel-fixed", 0, 5)])
+def test_the_spectrum_is_that_of_the_dense_jacobian(name, source, at, steps, x64):
+    model = model64(name)
+    vectors = token_vectors(model, TOKENS)
+    context = lambda v: jw.sensitivity.plain(model).walk(TOKENS, vectors=vectors.at[source].set(v)).context[at]
+    dense = np.asarray(jax.jit(jax.jacfwd(context))(vectors[source]))
+    exact = np.linalg.svd(dense, compute_uv=False)
+    values, left, right, residual = map(np.asarray, jw.context_spectrum(model, TOKENS, source, at, 3, steps=steps))
+    if steps == 16:
+        assert residual.max() < 1e-10
+    # Each value is within its residual of one of J's; and the vectors carry J to within it.
+    assert (np.abs(values[:, None] - exact[None]).min(axis=1) <= residual + 1e-12).all()
+    np.testing.assert_allclose(values[0], exact[0], 1e-6)
+    np.testing.assert_allclose(right @ dense.T, values[:, None] * left, rtol=0, atol=1e-11)
+    assert (np.linalg.norm(left @ dense - values[:, None] * right, axis=1) <= residual + 1e-11).all()
+    np.testing.assert_allclose(left @ left.T, np.eye(3), rtol=0, atol=1e-11)
+    np.testing.assert_allclose(right @ right.T, np.eye(3), rtol=0, atol=1e-11)
+    if steps == 16:
+        np.testing.assert_allclose(values, exact[:3], 1e-10)
+
+
+def test_the_spectrum_of_the_future_is_zero_and_what_does_not_exist_is_named():
+    model = model_of()
+    assert not np.asarray(jw.context_spectrum(model, TOKENS, 4, 2).values).any()
+    for ask, message in (
+        ({"source": 6}, "source: expected a position from -6 to 5, got 6"),
+        ({"source": 0, "at": -7}, "at: expected a position from -6 to 5, got -7"),
+        ({"source": 0, "k": 17}, "expected 1 <= k <= steps <= 16"),
+        ({"source": 0, "k": 4, "steps": 3}, "expected 1 <= k <= steps <= 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jw.context_spectrum(model, TOKENS, **ask)

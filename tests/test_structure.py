@@ -26,9 +26,10 @@ LEVELS = {
     "pretrained": 4,
     "sensitivity": 5,
     "decomposition": 5,
+    "attribution": 6,
     "training": 5,
-    "analyses": 6,
-    "report": 7,
+    "analyses": 7,
+    "report": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
