@@ -6,6 +6,7 @@ Every finding is printed beside its null or exact reference, and written to the 
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
 
@@ -17,6 +18,9 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="a run's folder, or one step copied from its checkpoints/parameters")
     parser.add_argument("--step", default="latest", help="a kept step's number, best, latest (default), or all")
     parser.add_argument("--only", metavar="A,B", help="run these analyses only")
+    parser.add_argument(
+        "--scalars", metavar="A.X,B.Y", help="the numbers that training_walk follows, as analysis.number"
+    )
     parser.add_argument("--prompt", help="a path to look at, in symbols of the run's vocabulary")
     parser.add_argument("--out", type=Path, help="where to write; by default RUN/analysis (RUN/analysis/STEP for all)")
     arguments = parser.parse_args()
@@ -27,32 +31,55 @@ def main() -> int:
     from jaxwalk.checkpoint import CheckpointError, Run
     from jaxwalk.config import ConfigError
 
+    scalars = tuple(name.strip() for name in arguments.scalars.split(",")) if arguments.scalars else None
+    out = arguments.out or arguments.run / "analysis"
+    whole = True
     try:
-        out = arguments.out or arguments.run / "analysis"
         if arguments.step == "all":
-            for step in Run(arguments.run).steps:
-                analyse(arguments.run, step, only, arguments.prompt, out / str(step))
+            asked = [(step, out / str(step)) for step in Run(arguments.run).steps]
         else:
-            step = int(arguments.step) if arguments.step.isdigit() else arguments.step
-            analyse(arguments.run, step, only, arguments.prompt, out)
-    except (ConfigError, CheckpointError, ValueError) as error:
+            asked = [(int(arguments.step) if arguments.step.isdigit() else arguments.step, out)]
+        for step, folder in asked:
+            try:
+                whole &= analyse(arguments.run, step, only, arguments.prompt, scalars, folder)
+            except CheckpointError as error:  # of all steps, one that is damaged costs itself
+                if arguments.step != "all":
+                    raise
+                whole = False
+                print(f"analyze.py: {error}", file=sys.stderr)
+    except (ConfigError, CheckpointError, ValueError, OSError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if whole else 1
 
 
-def analyse(run: Path, step: int | str, only: list[str] | None, prompt: str | None, out: Path) -> None:
-    """Run the analyses on one step, print the table and write the report."""
+def analyse(
+    run: Path, step: int | str, only: list[str] | None, prompt: str | None, scalars: tuple[str, ...] | None, out: Path
+) -> bool:
+    """Run the analyses on one step, print the table and write the report. Returns whether none of them broke."""
     from jaxwalk import analyses, report
 
     def started(name: str) -> None:
         if sys.stderr.isatty():
             print(f"\r\x1b[K{name} ...", end="", file=sys.stderr, flush=True)
 
+    broken = []
+
+    def failed(name: str, error: Exception) -> None:
+        broken.append(name)
+        print(f"\nanalyze.py: {name} broke, which is a bug:", file=sys.stderr)
+        traceback.print_exception(error)
+
     subject = analyses.open_subject(run, step, prompt)
-    findings, skipped = analyses.run(subject, only, started)
+    out.mkdir(parents=True, exist_ok=True)  # before the work, not after it, is when to learn that it cannot be
+    options = {} if scalars is None else {"training_walk": {"scalars": scalars}}
+    findings, skipped = analyses.run(subject, only, started, failed, options)
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
+    if not findings:  # and a report that is there already stays
+        print(report.table(findings, skipped))
+        print("\nnothing written: no analysis could be run")
+        return False
     written = report.write(
         findings, skipped, out, title=subject.title, facts=subject.facts(), training=subject.metrics()
     )
@@ -60,6 +87,7 @@ def analyse(run: Path, step: int | str, only: list[str] | None, prompt: str | No
     for notice in written.notices:
         print(notice)
     print(f"\nwritten: {written.paths.get('report.html', out)}")
+    return not broken
 
 
 if __name__ == "__main__":

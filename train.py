@@ -5,6 +5,7 @@ lists them all. A run can be stopped with Ctrl-C at any time and goes on with --
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,22 +22,21 @@ def main() -> int:
                         help="go on from the latest saved state, or from the one of STEP")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="delete a run that is in the folder")
     parser.add_argument("--distributed", action="store_true", help="one of several processes (pods, multi-host)")
-    if len(sys.argv) > 2 and not sys.argv[1].startswith("-") and {"-h", "--help"} & set(sys.argv[2:]):
-        load_config(sys.argv[1], ["--help"])
-    arguments, overrides = parser.parse_known_args()
-
     from jaxwalk.config import ConfigError
 
+    help_on_config = len(sys.argv) > 2 and not sys.argv[1].startswith("-") and {"-h", "--help"} & set(sys.argv[2:])
     try:
+        if help_on_config:
+            load_config(sys.argv[1], ["--help"])
+        arguments, overrides = parser.parse_known_args()
         config = load_config(arguments.config, overrides)
         import jax
 
         if arguments.distributed:
             jax.distributed.initialize()
         from jaxwalk.checkpoint import CheckpointError
-        from jaxwalk.text import CorpusError
         from jaxwalk.training import TrainingDiverged, train
-    except ConfigError as error:
+    except (ConfigError, ImportError) as error:
         return fail(error)
     try:
         train(
@@ -45,7 +45,7 @@ def main() -> int:
             resume=arguments.resume,
             overwrite=arguments.overwrite,
         )
-    except (ConfigError, CheckpointError, CorpusError, TrainingDiverged) as error:
+    except (ConfigError, CheckpointError, TrainingDiverged, OSError, ImportError) as error:
         return fail(error)
     return 0
 
@@ -64,14 +64,29 @@ def load_config(file: str, overrides: list[str]):
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{file}: expected a function get_config() that returns a TrainConfig, found none.")
+    default, overrides = with_aggregate(module.get_config(), overrides)
     return tyro.cli(
         TrainConfig,
-        default=module.get_config(),
+        default=default,
         args=overrides,
         prog=f"train.py {file}",
         description=module.__doc__,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
+
+
+def with_aggregate(config, overrides: list[str]):
+    """`config` with the aggregate of `--model.aggregate NAME`, and the overrides that are left."""
+    option = "--model.aggregate"
+    at = next((i for i, word in enumerate(overrides) if word == option or word.startswith(option + "=")), None)
+    if at is None:
+        return config, overrides
+    from jaxwalk import aggregates
+
+    end = at + 1 if "=" in overrides[at] else at + 2
+    name = overrides[at].partition("=")[2] or "".join(overrides[at + 1 : end])
+    model = dataclasses.replace(config.model, aggregate=aggregates.config(name))
+    return dataclasses.replace(config, model=model), overrides[:at] + overrides[end:]
 
 
 def fail(error: Exception) -> int:

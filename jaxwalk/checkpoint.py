@@ -8,6 +8,7 @@ so it can be copied away and loaded by itself. Nothing is pickled: arrays are pl
 always apart (`layers/7/...`), whichever way they were run.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -53,9 +54,43 @@ def _names(path: tuple[Any, ...]) -> list[str]:
     return [jax.tree_util.keystr((key,), simple=True) for key in path]
 
 
-def definition_of(config: TrainConfig, vocabulary: Any) -> dict[str, Any]:
+def definition_of(config: TrainConfig, vocabulary: Any, store: text.TokenStore | None = None) -> dict[str, Any]:
     """All that is needed, beside the arrays, to rebuild the model and to know what it was trained on."""
-    return {"format_version": FORMAT_VERSION, "config": to_dict(config), "vocabulary": vocabulary.to_dict()}
+    definition = {"format_version": FORMAT_VERSION, "config": to_dict(config), "vocabulary": vocabulary.to_dict()}
+    if store is not None:
+        definition["store"] = {"folder": str(store.folder.resolve()), "fingerprint": store.fingerprint}
+    return definition
+
+
+def read_definition(file: Path) -> dict[str, Any]:
+    """What `definition_of` gave, from its file. Raises CheckpointError if the file is of something else."""
+    try:
+        definition = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({_first_line(error)}).") from error
+    if not isinstance(definition, dict) or not {"format_version", "config", "vocabulary"} <= definition.keys():
+        raise CheckpointError(
+            f"{file}: expected the definition of a jaxwalk run (format_version, config, vocabulary), got another JSON "
+            "file. Point to a folder that train.py made."
+        )
+    version = definition["format_version"]
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: expected format_version from 1 to {FORMAT_VERSION}, got {version!r}. "
+            "It was written by a newer jaxwalk: upgrade."
+        )
+    return definition
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, none where there is no such file; a line that was cut short by a crash is no row."""
+    rows = []
+    for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def log_spaced(steps: int, count: int, multiple: int) -> tuple[int, ...]:
@@ -103,11 +138,11 @@ class Checkpoints:
         if state is not None and step not in self._state.all_steps():
             self._state.save(step, args=ocp.args.StandardSave(_own(to_dicts(state))), force=True)
 
-    def resume(self, template: Any, step: int | None = None) -> tuple[int, Any]:
+    def resume(self, template: Any, step: int | None = None) -> tuple[int, Any, list[int]]:
         """The state to go on from: that of `step`, or the latest, on the shardings of `template`'s leaves.
 
-        What was saved after that step is forgotten, as training will come by it again. Raises CheckpointError,
-        which names the step and the previous one, if the state cannot be read.
+        Returns the step, the state, and the later steps, which are forgotten: training will come by them again.
+        Raises CheckpointError, which names the step and the previous one, if the state cannot be read.
         """
         steps = sorted(self._state.all_steps())
         if not steps:
@@ -116,11 +151,13 @@ class Checkpoints:
         if step not in steps:
             raise CheckpointError(f"step: expected one of the saved states {steps}, got {step}.")
         restored = _read(self.folder / "state" / str(step) / "default", template, step, steps, "--resume")
+        forgotten = set()
         for manager in (self._state, self._parameters):
             for later in manager.all_steps():
                 if later > step:
                     manager.delete(later)
-        return step, restored
+                    forgotten.add(later)
+        return step, restored, sorted(forgotten)
 
     def latest(self) -> int | None:
         """The latest step that training can resume from."""
@@ -149,10 +186,11 @@ def _read(folder: Path, template: Any, step: int, steps: Iterable[int], option: 
             nested = reader.restore(folder.resolve(), args=ocp.args.StandardRestore(to_dicts(wanted)))
         return from_dicts(template, nested)
     except Exception as error:  # Orbax and tensorstore raise many kinds, all of which mean the same here
-        earlier = [s for s in steps if s < step]
-        remedy = (
-            f"The previous one is step {max(earlier)}: {option} {max(earlier)}." if earlier else "There is no other."
-        )
+        earlier, later = [s for s in steps if s < step], [s for s in steps if s > step]
+        if earlier:
+            remedy = f"The previous one is step {max(earlier)}: {option} {max(earlier)}."
+        else:
+            remedy = f"The next one is step {min(later)}: {option} {min(later)}." if later else "There is no other."
         raise CheckpointError(
             f"step {step} in {folder} is corrupted or incomplete ({_first_line(error)}). {remedy}"
         ) from error
@@ -174,21 +212,12 @@ class Run:
         single = self.folder / "definition" / "metadata"
         self._single = single.is_file()
         source = single if self._single else self.folder / "config.json"
-        try:
-            self.definition: dict[str, Any] = json.loads(source.read_text("utf-8"))
-        except FileNotFoundError as error:
+        if not source.is_file():
             raise CheckpointError(
                 f"{self.folder}: expected a run's folder (with config.json) or one of checkpoints/parameters/<step>, "
                 f"got {'a folder without them' if self.folder.is_dir() else 'nothing'}. Train with train.py first."
-            ) from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{source}: cannot be read as JSON ({_first_line(error)}).") from error
-        version = self.definition.get("format_version")
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-            raise CheckpointError(
-                f"{source}: expected format_version from 1 to {FORMAT_VERSION}, got {version!r}. "
-                "It was written by a newer jaxwalk: upgrade."
             )
+        self.definition = read_definition(source)
         self.config: TrainConfig = from_dict(TrainConfig, self.definition["config"])
         self.vocabulary = text.vocabulary_from_dict(self.definition["vocabulary"])
 
@@ -197,6 +226,29 @@ class Run:
         """The world that the run's paths are sampled from; None for text."""
         data = self.config.data
         return worlds.make(data.world, **data.params) if isinstance(data, WorldData) else None
+
+    @functools.cached_property
+    def store(self) -> text.TokenStore | None:
+        """The token store that the run was trained on; None for a world.
+
+        Raises CorpusError if it is gone and cannot be made again, or only from a corpus that has changed.
+        """
+        data = self.config.data
+        if isinstance(data, WorldData):
+            return None
+        known = self.definition.get("store")
+        if known is not None and Path(known["folder"]).is_dir():
+            return text.read_store(known["folder"], known["fingerprint"])
+        store = text.open_store(data)
+        if store.vocabulary.to_dict() != self.vocabulary.to_dict() or (
+            known is not None and store.fingerprint != known["fingerprint"]
+        ):
+            raise text.CorpusError(
+                f"{data.corpus}: it is no longer what the run was trained on, and the store of that is gone"
+                + (f" from {known['folder']}" if known else "")
+                + ". Restore the corpus as it was."
+            )
+        return store
 
     @functools.cached_property
     def steps(self) -> tuple[int, ...]:
@@ -222,7 +274,11 @@ class Run:
         if step == "latest":
             return self.steps[-1]
         if step == "best":
-            return min(self.steps, key=self.loss)
+            losses = {}
+            for kept in self.steps:  # a damaged one is not the best
+                with contextlib.suppress(CheckpointError):
+                    losses[kept] = self.loss(kept)
+            return min(losses, key=losses.__getitem__) if losses else self.steps[-1]
         if step not in self.steps:
             raise CheckpointError(
                 f"step: expected one of {', '.join(map(str, self.steps))}, 'best' or 'latest', got {step}."
@@ -262,7 +318,10 @@ def load(
 def prepare_workdir(workdir: Path, definition: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
     """Make a run's folder, or check that the run in it is this one. Raises ConfigError rather than lose anything."""
     file = workdir / "config.json"
+    if overwrite and resume:
+        raise ConfigError("--overwrite deletes the run that --resume would go on with: choose one of them.")
     if overwrite and file.exists():
+        read_definition(file)  # what is no run of ours is not ours to delete
         shutil.rmtree(workdir)
     if not file.exists():
         if workdir.is_dir() and any(workdir.iterdir()):
@@ -273,7 +332,7 @@ def prepare_workdir(workdir: Path, definition: Mapping[str, Any], *, resume: boo
             raise ConfigError(f"{workdir}: expected a run to resume, got no config.json. Start it without --resume.")
         workdir.mkdir(parents=True, exist_ok=True)
     else:
-        old = json.loads(file.read_text("utf-8"))
+        old = read_definition(file)
         if changed := sorted(_differences(_binding(old), _binding(definition))):
             raise ConfigError(
                 f"{workdir} holds another config's run; they differ in {', '.join(changed)}. "
@@ -293,7 +352,8 @@ _FREE = ("name", "log_every", "eval_every", "eval_batches", "sample_every", "che
 def _binding(definition: Mapping[str, Any]) -> dict[str, Any]:
     config = {k: v for k, v in definition["config"].items() if k not in _FREE}
     config["data"] = {k: v for k, v in config["data"].items() if k != "store"}
-    return {**config, "vocabulary": definition["vocabulary"]}
+    store = definition.get("store") or {}
+    return {**config, "vocabulary": definition["vocabulary"], "corpus": store.get("fingerprint")}
 
 
 def _differences(a: Any, b: Any, path: str = "") -> Iterable[str]:

@@ -58,6 +58,18 @@ def _readable(annotation: Any) -> str:
 class Checked:
     """Base of every config: types are checked when it is made; `check` adds what types cannot say."""
 
+    def __new__(cls, *args: Any, **fields: Any) -> Any:
+        """Refuses unknown fields, with the closest known one, before the dataclass would with less to say."""
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in fields:
+            if name not in names:
+                raise ConfigError(unknown(f"field of {cls._title()}", name, names))
+        return super().__new__(cls)
+
+    @classmethod
+    def _title(cls) -> str:
+        return cls.__name__
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         wrong = [
@@ -67,7 +79,7 @@ class Checked:
         ]
         wrong = wrong or list(self.check())
         if wrong:
-            raise ConfigError(f"{type(self).__name__}: " + "; ".join(wrong) + ".")
+            raise ConfigError(f"{self._title()}: " + "; ".join(wrong) + ".")
 
     def check(self) -> Iterable[str]:
         """Yield what is wrong with the values, all of it at once."""
@@ -85,6 +97,10 @@ class AggregateConfig(Checked):
     """Base of every aggregate's config. `name` is the aggregate's file name in `jaxwalk/aggregates/`."""
 
     name: ClassVar[str]
+
+    @classmethod
+    def _title(cls) -> str:
+        return cls.name
 
     def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> Any:
         """The aggregate with fresh parameters, for layer number `layer` of `depth`."""
@@ -267,7 +283,7 @@ class TrainConfig(Checked):
 
     def check(self) -> Iterable[str]:
         yield from _at_least(self, steps=1, batch_size=1, accumulate=1, steps_per_call=1, log_every=1, eval_every=1)
-        yield from _at_least(self, eval_batches=1, sample_every=0)
+        yield from _at_least(self, eval_batches=1, sample_every=0, seed=0)
         if self.steps_per_call >= 1:
             intervals = {
                 "steps": self.steps,
@@ -315,7 +331,7 @@ def from_dict(cls: type, data: Mapping[str, Any]) -> Any:
     names = [f.name for f in dataclasses.fields(cls)]
     for name in data:
         if name not in names:
-            raise ConfigError(unknown(f"field of {cls.__name__}", name, names))
+            raise ConfigError(unknown(f"field of {getattr(cls, 'name', cls.__name__)}", name, names))
     try:
         return cls(**{name: _value(hints[name], value) for name, value in data.items()})
     except TypeError as error:

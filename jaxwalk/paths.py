@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxwalk.filters import Key
-from jaxwalk.transformer import Segments, State, Tokens, Transformer, check_tokens, prefill, step
+from jaxwalk.transformer import Segments, State, Tokens, Transformer, check_shape, check_tokens, prefill, step
 
 ENUMERABLE = 1 << 16
 """How many continuations are enumerated, where exactness is possible, before estimates take over."""
@@ -89,6 +89,9 @@ def step_log_probs(
         raise ValueError(f"given: expected from 1 to {len(tokens)} (the path's length), got {given}.")
     if len(tokens) == 1:
         return jnp.zeros(0)
+    T = len(tokens)
+    check_shape("segments", segments, (T,))
+    check_shape("nudge", nudge, (2 * model.depth + 1, T, model.width))
     before, after = tokens[:-1], tokens[1:]
     walk = model.walk(
         before,
@@ -250,7 +253,10 @@ def top_paths(
     prompt = _check_prompt(model, prompt, steps)
     if k < 1:
         raise ValueError(f"k: expected at least 1 path, got {k}.")
-    width = min(width, max(budget, 1))
+    for what, number in (("budget", budget), ("width", width), ("capacity", 1 if capacity is None else capacity)):
+        if number < 1:
+            raise ValueError(f"{what}: expected at least 1, got {number}.")
+    width = min(width, budget)
     return _search(
         model, prompt, steps=steps, k=k, budget=budget, width=width, capacity=max(capacity or 4 * budget, width)
     )

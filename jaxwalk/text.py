@@ -766,6 +766,11 @@ def open_store(config: TextData, report: Callable[[str], object] | None = None) 
     return _open(folder, fingerprint)
 
 
+def read_store(folder: str | os.PathLike[str], fingerprint: str) -> TokenStore:
+    """The store in a folder that `open_store` made. Raises StoreError if it is damaged or has another fingerprint."""
+    return _open(Path(folder), fingerprint)
+
+
 def _made_from(config: TextData) -> dict[str, Any]:
     """All that the store's content depends on, as JSON data."""
     if config.corpus == "pydoc":

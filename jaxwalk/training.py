@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -28,7 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxwalk import text, transformer, worlds
-from jaxwalk.checkpoint import Checkpoints, definition_of, prepare_workdir
+from jaxwalk.checkpoint import Checkpoints, definition_of, prepare_workdir, read_metrics
 from jaxwalk.config import ConfigError, MeshConfig, OptimConfig, TrainConfig, WorldData
 from jaxwalk.filters import Key, stream
 from jaxwalk.paths import next_log_probs, sample_paths, scored_steps, step_log_probs
@@ -385,11 +386,12 @@ class _Metrics:
         self.windows: list[list[tuple[int, dict[str, Array]]]] = [[]]
         self.last_good = resumed
         self.clock = time.perf_counter()
-        rows = [json.loads(row) for row in file.read_text("utf-8").splitlines()] if file.exists() else []
         if jax.process_index() == 0:
             # What was logged after the step that training goes on from will be logged again.
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= resumed]
-            file.write_text("".join(kept), "utf-8")
+            kept = [json.dumps(row) + "\n" for row in read_metrics(file) if row["step"] <= resumed]
+            partial = file.with_suffix(".jsonl.tmp")
+            partial.write_text("".join(kept), "utf-8")
+            os.replace(partial, file)
 
     def add(self, step: int, metrics: dict[str, Array]) -> None:
         """The metrics of a call whose first step is `step`."""
@@ -424,11 +426,15 @@ class _Metrics:
         bad = ~(np.isfinite(losses) & np.isfinite(norms))
         if bad.any():
             first = int(np.argmax(bad))
-            raise TrainingDiverged(
-                f"the loss at step {window[0][0] + first} is {losses[first]} (gradient norm {norms[first]}). The last "
-                f"good checkpoint is step {self.last_good}. Lower --optim.lr, clip harder, or warm up longer."
-            )
+            raise self.diverged(window[0][0] + first, f"is {losses[first]} (gradient norm {norms[first]})")
         return losses, norms
+
+    def diverged(self, step: int, what: str) -> TrainingDiverged:
+        """The error for a loss that is not finite."""
+        return TrainingDiverged(
+            f"the loss at step {step} {what}. The last good checkpoint is step {self.last_good}. "
+            "Lower --optim.lr, clip harder, or warm up longer."
+        )
 
     def _row(self, window: Sequence[tuple[int, dict[str, Array]]]) -> dict[str, float]:
         losses, norms = self._values(window)
@@ -474,26 +480,31 @@ def train(
             f"batch_size: expected batch_size / accumulate to be a multiple of the {mesh.shape['data']} ways of the "
             f"mesh's data axis, got {config.batch_size} / {config.accumulate}."
         )
+    _check_kernels(config)
     stop, progress = _Stop(), _Progress(config.steps, out)
     batches = make_batches(config, progress.line)
-    definition = definition_of(config, batches.vocabulary)
-    if jax.process_index() == 0:
-        prepare_workdir(workdir, definition, resume=resume is not False, overwrite=overwrite)
-    checkpoints = Checkpoints(workdir, config, definition)
-
     update = optimizer(config.optim, config.steps)
     state = make_state(config, update, mesh)
     structure = jax.tree.structure(state)
     evaluate = make_evaluation(config, batches, mesh, jax.tree.structure(state.model))
     call = make_call(config, batches, update, mesh, state)
+
+    # The folder is touched last: a config that cannot be built leaves what is there alone.
+    store = batches.store if isinstance(batches, TextBatches) else None
+    definition = definition_of(config, batches.vocabulary, store)
+    if jax.process_index() == 0:
+        prepare_workdir(workdir, definition, resume=resume is not False, overwrite=overwrite)
+    checkpoints = Checkpoints(workdir, config, definition)
     _introduce(config, workdir, mesh, state, progress)
 
     with contextlib.closing(checkpoints), stop.listening():
         step = 0
         if resume is not False:
-            step, state = checkpoints.resume(state, None if resume is True else resume)
-            progress.line(f"resumed from step {step}")
+            step, state, forgotten = checkpoints.resume(state, None if resume is True else resume)
+            later = f"; what was saved at {', '.join(map(str, forgotten))} is deleted" if forgotten else ""
+            progress.line(f"resumed from step {step}{later}")
         metrics = _Metrics(config, workdir / "metrics.jsonl", schedule(config.optim, config.steps), step)
+        per_token = None if store is None else store.bytes_per_token("train")
         leaves = jax.tree.leaves(state)
         del state  # its buffers are donated to the first call
 
@@ -501,8 +512,9 @@ def train(
             for row in rows:
                 metrics.write(row)
                 progress.note = f"loss {row['loss']:.4f}"
+                bits = "" if per_token is None else f"  {row['loss'] / math.log(2) / per_token:.4f} bits per byte"
                 progress.line(
-                    f"step {row['step']:>6}/{config.steps}  loss {row['loss']:.4f} nats  lr {row['lr']:.2e}  "
+                    f"step {row['step']:>6}/{config.steps}  loss {row['loss']:.4f} nats{bits}  lr {row['lr']:.2e}  "
                     f"{row['tokens_per_second']:,.0f} tokens/s"
                 )
 
@@ -514,6 +526,8 @@ def train(
             with metrics.paused():
                 state = jax.tree.unflatten(structure, leaves)
                 scores = evaluate(jax.tree.leaves(state.model))
+                if not all(map(math.isfinite, scores.values())):
+                    raise metrics.diverged(step, f"is {scores['eval_loss']} on held-out paths")
                 metrics.write({"step": step, **scores})
                 progress.line(f"step {step:>6}/{config.steps}  {_readable(scores)}")
                 if keep:
@@ -528,6 +542,10 @@ def train(
             )
 
         keep = True
+        if step >= config.steps:
+            progress.line(f"{workdir} is finished. To analyse it: python analyze.py {workdir}")
+            known = [row for row in read_metrics(workdir / "metrics.jsonl") if "eval_loss" in row]
+            return {name: value for name, value in known[-1].items() if name != "step"} if known else {}
         scores: dict[str, float] = save(resumable=True) if step == 0 else {}
         compiled = call.lower(leaves, inputs_of(step)).compile()
         metrics.clock = time.perf_counter()
@@ -553,6 +571,14 @@ def train(
         report(metrics.fetch(everything=True))
     progress.line(f"done: {workdir}. To analyse it: python analyze.py {workdir}")
     return scores
+
+
+def _check_kernels(config: TrainConfig) -> None:
+    kernels = {getattr(aggregate, "kernel", None) for aggregate, _ in transformer.resolved_layers(config.model)}
+    if "cudnn" in kernels and jax.default_backend() != "gpu":
+        raise ConfigError(
+            f"kernel: expected 'plain' or 'xla' on {jax.default_backend()}, got 'cudnn', which needs an NVIDIA GPU."
+        )
 
 
 def _introduce(config: TrainConfig, workdir: Path, mesh: Mesh, state: State, progress: _Progress) -> None:

@@ -190,12 +190,12 @@ class Transformer(nnx.Module):
         tokens = check_tokens(self, tokens)
         T, S = len(tokens), 2 * self.depth + 1
         segments = None if segments is None else jnp.asarray(segments)
-        _check_shape("segments", segments, (T,))
-        _check_shape("nudge", nudge, (S, T, self.width))
-        _check_shape("vectors", vectors, (T, self.width))
+        check_shape("segments", segments, (T,))
+        check_shape("nudge", nudge, (S, T, self.width))
+        check_shape("vectors", vectors, (T, self.width))
         overrides = dict(mixing or {})
         for number, A in overrides.items():
-            _check_shape(f"mixing[{number}]", A, (None, T, T))
+            check_shape(f"mixing[{number}]", A, (None, T, T))
         for what, asked in (("mixing", overrides), ("record_mixing", record_mixing)):
             if any(not 0 <= layer < self.depth for layer in asked):
                 raise ValueError(f"{what}: expected layers from 0 to {self.depth - 1}, got {sorted(asked)}.")
@@ -243,6 +243,13 @@ class Transformer(nnx.Module):
         """What is added to the token vectors of a path of `length` tokens; zeros where a model has none."""
         if self.positions is None:
             return jnp.zeros_like(self.embed.table, shape=(length, self.width))
+        if isinstance(self.positions, LearnedPositions) and segments is None:
+            rows = self.positions.table.shape[-2]
+            if length > rows:
+                raise ValueError(
+                    f"positions: expected at most {rows} tokens, the rows of the table, got {length}. A longer path "
+                    "needs a longer table, or a model without one (RoPE, ALiBi, sinusoidal)."
+                )
         return jax.vmap(self.positions)(
             runs_and_positions(None if segments is None else jnp.asarray(segments), length)[1]
         )
@@ -266,8 +273,8 @@ class Transformer(nnx.Module):
         return stations.reshape(-1, *x.shape), moves.reshape(-1, *x.shape)
 
 
-def _check_shape(what: str, array: Array | None, expected: tuple[int | None, ...]) -> None:
-    # A wrong shape could broadcast, silently; None stands for any size.
+def check_shape(what: str, array: Array | None, expected: tuple[int | None, ...]) -> None:
+    """Raises ValueError for a wrong shape, which could broadcast, silently. None stands for any size."""
     if array is None:
         return
     shape = jnp.shape(array)

@@ -61,6 +61,35 @@ def test_what_does_not_apply_says_why_and_the_rest_runs(run, tmp_path):
     assert [f["name"] for f in json.loads((tmp_path / "out" / "findings.json").read_text())] == ["path_law"]
 
 
+def test_nothing_to_say_leaves_the_report_that_is_there(run, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    done = analyze(run, "--only", "prompt", "--out", tmp_path)
+    assert done.returncode == 1
+    assert "nothing written" in done.stdout
+    assert [f.name for f in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_scalars_of_training(run, tmp_path):
+    done = analyze(run, "--only", "training_walk", "--scalars", "path_law.total_mass", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "path_law.total_mass.last" in json.loads((tmp_path / "findings.json").read_text())[0]["measured"]
+
+
+def test_an_analysis_that_breaks_costs_itself_only(monkeypatch):
+    def broken(subject):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("jaxwalk.analyses.prompt.analyse", broken)
+    finding = Finding("narrowing", "c", {"a": 1.0}, {}, {"n": 0.0}, {})
+    monkeypatch.setattr("jaxwalk.analyses.narrowing.analyse", lambda subject: finding)
+    seen = []
+    findings, skipped = jw.analyses.run(None, ["prompt", "narrowing"], failed=lambda name, error: seen.append(name))
+    assert (findings, seen) == ([finding], ["prompt"])
+    assert skipped == {"prompt": "it broke: ZeroDivisionError: a bug"}
+    with pytest.raises(ZeroDivisionError):
+        jw.analyses.run(None, ["prompt"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -69,6 +98,8 @@ def test_what_does_not_apply_says_why_and_the_rest_runs(run, tmp_path):
         (("--step", "last"), "expected a number, best, latest or all"),
         (("--prompt", "0 2"), "'2'"),
         (("--prompt", ""), "empty prompt"),
+        (("--out", "README.md"), "README.md"),
+        (("--only", "training_walk", "--scalars", "path_law"), "expected 'analysis.number'"),
     ],
 )
 def test_bad_input(run, arguments, message):

@@ -100,7 +100,7 @@ def test_a_state_restores_on_another_mesh(run):
     for mesh in (MeshConfig(1), MeshConfig(2, 4)):
         placed = training.make_state(config, training.optimizer(config.optim, config.steps), training.make_mesh(mesh))
         keeper = checkpoint.Checkpoints(run, config, json.loads((run / "config.json").read_text()))
-        step, found[mesh.data] = keeper.resume(placed)
+        step, found[mesh.data], _ = keeper.resume(placed)
         keeper.close()
         assert step == 60
         for a, b in zip(jax.tree.leaves(found[mesh.data]), jax.tree.leaves(placed), strict=True):
@@ -131,7 +131,7 @@ def test_a_corrupted_state_is_named_and_the_previous_one_resumes(copy):
         training.train(config, copy, resume=True, out=io.StringIO())
     out = io.StringIO()
     training.train(config, copy, resume=50, out=out)
-    assert "resumed from step 50" in out.getvalue()
+    assert "resumed from step 50; what was saved at 60 is deleted" in out.getvalue()
     assert leaves(jw.load(copy)[0])
 
 
@@ -142,6 +142,20 @@ def test_a_half_written_step_does_not_count(copy):
     (parameters / "80").mkdir()
     with pytest.raises(CheckpointError, match=r"step 80 .*corrupted or incomplete.*previous one is step 60"):
         jw.load(copy)
+
+
+def test_a_damaged_step_costs_what_needs_it_and_no_more(copy):
+    damage(copy / "checkpoints" / "parameters" / "0")
+    with pytest.raises(CheckpointError, match=r"step 0 .*next one is step 5: --step 5"):
+        jw.load(copy, step=0)
+    subject = jw.analyses.open_subject(copy)
+    assert subject.untrained is None
+    assert "step 0" in subject.missing["untrained"]
+    finding = jw.analyses.analyse("training_walk", subject, scalars=("path_law.excess_loss",))
+    assert finding.conventions["left out"] == {"steps that cannot be read": [0]}
+    assert finding.conventions["steps"][0] == 5
+    (copy / "checkpoints" / "parameters" / "60" / "definition" / "metadata").write_text("{")
+    assert Run(copy).resolve("best") < 60
 
 
 def test_what_is_not_there(copy, tmp_path):
@@ -160,6 +174,38 @@ def test_what_is_not_there(copy, tmp_path):
     (copy / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         jw.load(copy)
+    for foreign in ("[]", '{"model_type": "gpt2"}'):
+        (copy / "config.json").write_text(foreign)
+        with pytest.raises(CheckpointError, match="expected the definition of a jaxwalk run"):
+            jw.load(copy)
+
+
+def test_only_a_run_is_deleted_and_only_for_one_that_can_be_built(copy):
+    heads = jw.aggregates.config("attention", heads=3)
+    bad = small(model=dataclasses.replace(small().model, aggregate=heads))
+    with pytest.raises(ConfigError, match="heads: expected a divisor"):
+        training.train(bad, copy, overwrite=True, out=io.StringIO())
+    with pytest.raises(ConfigError, match="choose one of them"):
+        training.train(small(), copy, overwrite=True, resume=True, out=io.StringIO())
+    assert leaves(jw.load(copy)[0])
+    (copy / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match="expected the definition of a jaxwalk run"):
+        training.train(small(), copy, overwrite=True, out=io.StringIO())
+    assert (copy / "checkpoints").is_dir()
+
+
+def test_a_finished_run_is_resumed_to_its_last_scores(copy):
+    """Also where the last line of its metrics was cut short, as a full disk does."""
+    config = small(steps=60, checkpoint=CheckpointConfig(every=10, latest=2, best=1, log_spaced=3))
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 60, "lo')
+    out = io.StringIO()
+    scores = training.train(config, copy, resume=True, out=out)
+    assert "is finished" in out.getvalue()
+    assert scores.keys() == {"eval_loss", "excess_loss"}
+    rows = checkpoint.read_metrics(copy / "metrics.jsonl")
+    assert {name: rows[-1][name] for name in scores} == scores
+    assert '"lo\n' not in (copy / "metrics.jsonl").read_text()
 
 
 def test_checkpoints_of_every_format_version_load_for_ever():

@@ -127,3 +127,12 @@ def test_unknown_and_missing_fields():
         from_dict(ModelConfig, {"vocab_size": 3, "max_length": 8, "filter": {"kind": "MLPConfg"}})
     with pytest.raises(ConfigError, match=r"unknown aggregate 'fixd_mixing'. Did you mean 'fixed_mixing'"):
         from_dict(ModelConfig, {"vocab_size": 3, "max_length": 8, "aggregate": {"kind": "aggregates.fixd_mixing"}})
+
+
+def test_an_unknown_field_in_code_is_named_with_the_closest_known_one():
+    with pytest.raises(ConfigError, match=r"unknown field of ModelConfig 'widht'\. Did you mean 'width'"):
+        jw.ModelConfig(vocab_size=3, max_length=4, widht=8)
+    with pytest.raises(ConfigError, match=r"unknown field of attention 'head'\. Did you mean 'heads'"):
+        jw.aggregates.config_class("attention")(head=2)
+    with pytest.raises(ConfigError, match="attention: heads: expected"):
+        jw.aggregates.config("attention", heads=0)

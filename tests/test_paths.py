@@ -298,3 +298,9 @@ def test_bad_requests_raise():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("what", ["budget", "width", "capacity"])
+def test_a_search_of_no_size_is_refused(what):
+    with pytest.raises(ValueError, match=f"{what}: expected at least 1, got 0"):
+        jw.top_paths(model_of(), [1, 2], 3, 2, **{what: 0})

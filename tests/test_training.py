@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +289,46 @@ def test_divergence_stops_at_the_step_and_keeps_the_last_good_checkpoint(tmp_pat
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(model))
 
 
+def test_a_model_that_is_not_finite_on_held_out_paths_is_not_saved(tmp_path):
+    """The loss of the first step is finite, and what it makes of the parameters is not."""
+    config = small(
+        optim=OptimConfig(lr=1e30, warmup=0), steps=2, steps_per_call=1, log_every=1, eval_every=1,
+        checkpoint=CheckpointConfig(every=1),
+    )  # fmt: skip
+    with pytest.raises(training.TrainingDiverged, match=r"at step 1 is nan on held-out paths.*checkpoint is step 0"):
+        training.train(config, tmp_path / "run", out=io.StringIO())
+    assert jw.checkpoint.Run(tmp_path / "run").steps == (0,)
+
+
+def test_cudnn_is_refused_where_there_is_none(tmp_path):
+    aggregate = jw.aggregates.config("attention", heads=2, kernel="cudnn")
+    with pytest.raises(ConfigError, match="kernel: expected 'plain' or 'xla' on cpu"):
+        training.train(small(model=dataclasses.replace(small().model, aggregate=aggregate)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_text_is_analysed_on_its_own_text(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the cat sat on the mat. " * 400)
+    config = small(
+        data=TextData(corpus=str(corpus), store=str(tmp_path / "stores")),
+        model=jw.ModelConfig(vocab_size=257, max_length=16, width=16, depth=1),
+    )
+    training.train(config, tmp_path / "run", out=io.StringIO())
+    corpus.write_text("something else altogether, " * 400)
+    subject = jw.analyses.open_subject(tmp_path / "run")
+    assert "cat" in subject.vocabulary.decode(np.asarray(subject.store.train.tokens[:40]))
+    with pytest.raises(ConfigError, match="differ in corpus"):
+        training.train(config, tmp_path / "run", resume=True, out=io.StringIO())
+    shutil.rmtree(tmp_path / "stores")
+    subject = jw.analyses.open_subject(tmp_path / "run")
+    assert subject.store is None
+    with pytest.raises(jw.analyses.NotApplicable, match="no longer what the run was trained on"):
+        jw.analyses.analyse("path_law", subject)
+    corpus.unlink()
+    assert "corpus" in jw.analyses.open_subject(tmp_path / "run").missing["store"]
+
+
 def test_bfloat16_trains_float32_parameters(tmp_path):
     scores = training.train(small(compute_dtype="bfloat16"), tmp_path / "run", out=io.StringIO())
     model, _ = jw.load(tmp_path / "run")
@@ -397,6 +438,8 @@ def test_config_files_and_flags(tmp_path):
         ("--modle.depth", "3"): "model.depth",
         ("--optim.lr", "fast"): "could not convert",
         ("--steps", "7"): "multiple",
+        ("--data.world", "golden_mena"): "Did you mean 'golden_mean'",
+        ("--model.aggregate", "causal_maen"): "Did you mean 'causal_mean'",
     }
     for options, message in bad.items():
         process = launch(tmp_path, "bad", *options)

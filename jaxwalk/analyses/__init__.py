@@ -7,7 +7,7 @@ all there is to adding one.
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
@@ -29,12 +29,18 @@ def analyse(name: str, subject: Any, **options: Any) -> Finding:
 
 
 def run(
-    subject: Any, only: Sequence[str] | None = None, started: Callable[[str], object] = lambda name: None
+    subject: Any,
+    only: Sequence[str] | None = None,
+    started: Callable[[str], object] = lambda name: None,
+    failed: Callable[[str, Exception], object] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[list[Finding], dict[str, str]]:
     """The findings of all analyses, or of those in `only`, and why each of the others was not run.
 
     An analysis that does not apply, or that the data is too small for, costs nothing but itself. `started` is called
-    with the name of each as it begins. Raises ConfigError for an unknown name, before anything is run.
+    with the name of each as it begins. failed: takes the name and the error of an analysis that breaks, and the rest
+    goes on; without it the error is raised. options: of each analysis by name. Raises ConfigError for an unknown
+    name, before anything is run, and for options that an analysis refuses.
     """
     chosen = tuple(only or names())
     if stray := [name for name in chosen if name not in names()]:
@@ -43,9 +49,16 @@ def run(
     for name in chosen:
         started(name)
         try:
-            findings.append(analyse(name, subject))
+            findings.append(analyse(name, subject, **(options or {}).get(name, {})))
         except NotApplicable as reason:
             skipped[name] = str(reason)
+        except ConfigError:
+            raise
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(name, error)
+            skipped[name] = f"it broke: {type(error).__name__}: {error}"
     return findings, skipped
 
 

@@ -25,7 +25,7 @@ EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.
 def check_data(subject: Subject) -> None:
     """Raises NotApplicable where the subject has no data that its laws could be held against."""
     if subject.world is None and subject.store is None:
-        raise NotApplicable("it needs the data that the model was trained on: a world, or a store of text")
+        raise NotApplicable(f"it needs the data that the model was trained on, a world or a text: {subject.no_data}")
     if subject.world is not None and subject.world.vocab_size != subject.model.vocab_size:
         raise NotApplicable(
             f"the world has {subject.world.vocab_size} tokens and the model {subject.model.vocab_size}: "

@@ -1,9 +1,8 @@
 """What an analysis is handed: a trained model, its untrained self, and the data whose law it learned."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from jaxtyping import Int
 
 from jaxwalk import checkpoint, text
 from jaxwalk.analyses._finding import NotApplicable
-from jaxwalk.config import TextData
 from jaxwalk.transformer import Transformer, check_tokens, plain
 
 
@@ -25,7 +23,8 @@ class Subject:
     model: the model that is analysed. untrained: the same model at step 0, the null of every claim about
     training; None where there is none (a foreign checkpoint). world: the data's exact law, or None. store: the
     token store of a text model, or None. prompt: token ids that the user asked about, or None. series: the steps
-    of training that `at_step` can load. seed: of the paths that are drawn.
+    of training that `at_step` can load. seed: of the paths that are drawn. missing: why there is no store, or no
+    untrained model, where there should be one.
     """
 
     model: Transformer
@@ -39,6 +38,7 @@ class Subject:
     load_step: Callable[[int], Transformer] | None = None
     seed: int = 0
     workdir: Path | None = None
+    missing: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def paths(self, n: int, length: int | None = None) -> Int[np.ndarray, "n T"]:
         """n held-out paths of `length` tokens (by default what the model can walk, `max_length`).
@@ -51,9 +51,7 @@ class Subject:
             key = jax.random.fold_in(jax.random.key(self.seed), 0x5EED)
             return np.asarray(self.world.sample(key, n, length))
         if self.store is None:
-            raise NotApplicable(
-                "paths: expected a world or a token store, got a model without data. Pass text to analyse."
-            )
+            raise NotApplicable(f"paths: expected a world or a token store, got {self.no_data}.")
         found: list[np.ndarray] = []
         for attempt in range(100):
             tokens, segments = self.store.batch(self.seed, attempt, max(n, 64), length, split="validation")
@@ -65,6 +63,11 @@ class Subject:
             f"paths: expected {n} windows of {length} tokens that lie in one document, found {len(found)}. "
             "Analyse shorter paths, or use a corpus of longer documents."
         )
+
+    @property
+    def no_data(self) -> str:
+        """Why there is no data."""
+        return self.missing.get("store", "a model without data")
 
     def at_step(self, step: int) -> "Subject":
         """The same subject with the model of another training step."""
@@ -97,14 +100,13 @@ class Subject:
             facts["data"] = f"the world {self.world.name}({arguments}), whose path law is known exactly"
         elif self.store is not None:
             facts["data"] = f"text, {len(self.store.validation.tokens):,} held-out tokens"
+        for what, reason in self.missing.items():
+            facts[f"no {what}"] = reason
         return facts
 
     def metrics(self) -> list[dict[str, float]]:
         """The rows of the run's metrics.jsonl; none where there is no such file."""
-        file = None if self.workdir is None else self.workdir / "metrics.jsonl"
-        if file is None or not file.is_file():
-            return []
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        return [] if self.workdir is None else checkpoint.read_metrics(self.workdir / "metrics.jsonl")
 
 
 def open_subject(
@@ -112,8 +114,9 @@ def open_subject(
 ) -> Subject:
     """The subject of a run's folder at one of its kept steps, with its data and its untrained self.
 
-    prompt: text, in symbols of the run's vocabulary. Raises CheckpointError for a step that is not there or cannot
-    be read, ValueError for a prompt that the vocabulary cannot encode or the model cannot walk.
+    prompt: text, in symbols of the run's vocabulary. Data that is gone, or a step 0 that cannot be read, costs what
+    needs it and no more: `missing` says why. Raises CheckpointError for a step that is not there or cannot be read,
+    ValueError for a prompt that the vocabulary cannot encode or the model cannot walk.
     """
     run = checkpoint.Run(folder)
     model = plain(run.model(step))
@@ -123,15 +126,27 @@ def open_subject(
         if run.vocabulary.begin is not None:
             tokens = np.concatenate([[run.vocabulary.begin], tokens])
         tokens = np.asarray(check_tokens(model, tokens))
+    missing: dict[str, str] = {}
+    store = untrained = None
+    try:
+        store = run.store
+    except (text.CorpusError, text.StoreError, ImportError) as error:
+        missing["store"] = str(error)
+    if 0 in run.steps:
+        try:
+            untrained = plain(run.model(0))
+        except checkpoint.CheckpointError as error:
+            missing["untrained"] = str(error)
     return Subject(
         model=model,
         vocabulary=run.vocabulary,
-        untrained=plain(run.model(0)) if 0 in run.steps else None,
+        untrained=untrained,
         world=run.world,
-        store=text.open_store(run.config.data) if isinstance(run.config.data, TextData) else None,
+        store=store,
         prompt=tokens,
         step=run.resolve(step),
         series=run.steps,
         load_step=run.model,
         workdir=run.folder,
+        missing=missing,
     )

@@ -35,10 +35,14 @@ Views = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """name -> features [B, T, F] and what they must predict [B, T, N]."""
 
 
-def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Finding:
+CLAIM = "C8: a context vector is the composed concept: an affine image of it is the world's belief state."
+
+
+def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561, light: bool = False) -> Finding:
     """How much of the world's belief state is an affine function of the context vectors, and of each station.
 
-    paths: sampled paths that the maps are fitted to and scored on. points: the most points in the picture.
+    paths: sampled paths that the maps are fitted to and scored on. points: the most points in the picture. light:
+    only the number that `training_walk` follows, the context vectors' own, held against the last token.
     """
     world = subject.world
     if world is None:
@@ -46,7 +50,7 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
     if not hasattr(world, "beliefs"):
         raise NotApplicable("the world has no belief states: only hidden Markov worlds do")
     models = {"": subject.model}
-    if subject.untrained is not None:
+    if subject.untrained is not None and not light:
         models["untrained_"] = subject.untrained
     S, T, D = 2 * subject.model.depth + 1, subject.model.max_length, subject.model.width
     together = S * D <= WIDEST
@@ -74,6 +78,9 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
                 stations, context, law = (np.asarray(a[:count], float) for a in _walks(model, batch))
                 if not np.isfinite(context).all():
                     raise NotApplicable("context vectors: expected finite numbers, got NaN. Analyse an earlier step.")
+                if light:
+                    views = {"context": (context, truth), "last_token": views["last_token"]}
+                    break
                 views |= {f"{prefix}station_{s}": (stations[:, :, s], truth) for s in range(S)}
                 views |= {f"{prefix}context": (context, truth), f"{prefix}law": (law, truth)}
                 if together:
@@ -83,6 +90,24 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
             yield deal.folds(tokens[rows]), views
 
     fits, sums = cross_fit(stream)
+    conventions = {
+        "r2": "1 - squared error / variance, both summed over the belief's coordinates; at most 1, unbounded below",
+        "held_out": (
+            f"{FOLDS} folds of prefixes: each prefix is predicted by the map fitted to the other folds. Distinct "
+            f"prefixes are dealt to the folds in hashed order, from length {deal.fork} on together with their first "
+            f"{deal.fork} tokens, so that no prefix, and no path beyond its first tokens, is on both sides"
+        ),
+        "weighting": "a prefix counts as often as it was sampled, all positions alike",
+        "fit": (
+            f"least squares with intercept, from sums in float64, with a ridge of {RIDGES[0]:g} to {RIDGES[-1]:g} of "
+            "the whole variance, chosen within the folds that are fitted to: the one that predicts each from the others"
+        ),
+        "interval": "95%, bootstrap over paths with the maps as fitted",
+        "paths": len(tokens),
+        "length": T,
+        "belief": "after the tokens up to and including the position",
+        "context": "after the final norm; stations before it",
+    }
     r2 = {name: float(r_squared(s.mean(axis=0))) for name, s in sums.items()}
     resampled = r_squared(resampled_means(np.stack(list(sums.values()), axis=1), subject.seed))  # once: it is slow
     draws = dict(zip(sums, resampled.T, strict=True))
@@ -90,6 +115,17 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
     high: dict[str, np.ndarray] = {}
     for name, drawn in draws.items():
         low[name], high[name] = percentiles(drawn)
+
+    if light:
+        return Finding(
+            name="belief_geometry",
+            claim=CLAIM,
+            measured={"r2": r2["context"]},
+            interval={"r2": (float(low["context"]), float(high["context"]))},
+            null={"last_token": r2["last_token"]},
+            conventions=conventions,
+            verdict=f"Context vectors hold the belief state linearly with R² {r2['context']:.4f}.",
+        )
 
     best = max((f"station_{s}" for s in range(S)), key=r2.__getitem__)
     measured = {"r2": r2["context"], "r2_best_station": r2[best]}
@@ -148,25 +184,9 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
             log_y=True,
         ),
     )
-    conventions = {
-        "r2": "1 - squared error / variance, both summed over the belief's coordinates; at most 1, unbounded below",
+    conventions |= {
         "excess": "(r2 - untrained) / (1 - untrained); left out where the untrained model leaves nothing to gain",
         "best_station": f"{best.replace('_', ' ')}, chosen by the R² that is reported; its null is chosen likewise",
-        "held_out": (
-            f"{FOLDS} folds of prefixes: each prefix is predicted by the map fitted to the other folds. Distinct "
-            f"prefixes are dealt to the folds in hashed order, from length {deal.fork} on together with their first "
-            f"{deal.fork} tokens, so that no prefix, and no path beyond its first tokens, is on both sides"
-        ),
-        "weighting": "a prefix counts as often as it was sampled, all positions alike",
-        "fit": (
-            f"least squares with intercept, from sums in float64, with a ridge of {RIDGES[0]:g} to {RIDGES[-1]:g} of "
-            "the whole variance, chosen within the folds that are fitted to: the one that predicts each from the others"
-        ),
-        "interval": "95%, bootstrap over paths with the maps as fitted",
-        "paths": len(tokens),
-        "length": T,
-        "belief": "after the tokens up to and including the position",
-        "context": "after the final norm; stations before it",
         "world_law": "R² of the world's exact next-step law as predictor: 1 where the belief is linear in it",
         "model_law": "R² of the model's own next-step probabilities as predictor",
         "permuted": "contexts of one path against beliefs of another",
@@ -180,7 +200,7 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561) -> Findi
     gain = f"; training closed {measured['excess']:.1%} of the gap to 1" if "excess" in measured else ""
     return Finding(
         name="belief_geometry",
-        claim="C8: a context vector is the composed concept: an affine image of it is the world's belief state.",
+        claim=CLAIM,
         measured=measured,
         interval=interval,
         null=null,
@@ -296,7 +316,9 @@ class Moments:
         x, y = self.x / self.count, self.y / self.count
         covariance = self.xx / self.count - np.outer(x, x)
         # Not by eigh: under OpenBLAS on busy cores that takes a thousand times longer than this.
-        penalty = ridge * max(np.trace(covariance), 1e-30) * np.eye(len(x))
+        # Where all rows are alike the covariance is rounding of the second moments, and could be exactly singular.
+        floor = 1e-14 * np.trace(self.xx / self.count) + np.finfo(float).tiny
+        penalty = max(ridge * np.trace(covariance), floor) * np.eye(len(x))
         weight = np.linalg.solve(covariance + penalty, self.xy / self.count - np.outer(x, y))
         return Affine(weight, y - x @ weight)
 

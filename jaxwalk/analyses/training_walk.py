@@ -15,6 +15,7 @@ import numpy as np
 from jaxwalk import analyses
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._subject import Subject
+from jaxwalk.checkpoint import CheckpointError
 from jaxwalk.config import ConfigError, unknown
 
 CLAIM = "C2, C8: training moves the law of paths, and the arrangement of vectors that makes it, towards the data's."
@@ -44,10 +45,15 @@ def analyse(subject: Subject, *, scalars: tuple[str, ...] | None = None, paths: 
 
     # The default numbers need no null of their own at each step: step 0 is in the series.
     untrained = None if scalars is None else subject.untrained
-    left_out: dict[str, str] = {}
+    left_out: dict[str, Any] = {}
     found: dict[str, list[Finding]] = {}
+    unread: list[int] = []
     for step in steps:
-        at_step = dataclasses.replace(subject.at_step(step), untrained=untrained)
+        try:
+            at_step = dataclasses.replace(subject.at_step(step), untrained=untrained)
+        except CheckpointError:
+            unread.append(step)
+            continue
         for name in by_analysis:
             if name in left_out:
                 continue
@@ -55,6 +61,9 @@ def analyse(subject: Subject, *, scalars: tuple[str, ...] | None = None, paths: 
                 found.setdefault(name, []).append(analyses.analyse(name, at_step, **_cheap(name, paths)))
             except NotApplicable as reason:  # as in `run`, it costs nothing but itself
                 left_out[name] = str(reason)
+    steps = [step for step in steps if step not in unread]
+    if len(steps) < 2:
+        raise NotApplicable(f"it needs at least 2 steps that can be read: {unread} cannot")
     series = {
         f"{name}.{key}": found[name]
         for name, keys in by_analysis.items()
@@ -112,7 +121,7 @@ def analyse(subject: Subject, *, scalars: tuple[str, ...] | None = None, paths: 
             "paths": "the same at every step",
             "first, last": f"steps {steps[0]} and {steps[-1]}; the null is the model before training" if steps[0] == 0
             else f"steps {steps[0]} and {steps[-1]}; step 0 was not kept, so the null is the first kept step",
-            "left out": left_out,
+            "left out": left_out | ({"steps that cannot be read": unread} if unread else {}),
         },
         arrays=arrays,
         figures=tuple(figures),

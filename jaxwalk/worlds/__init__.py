@@ -10,7 +10,7 @@ import inspect
 import pkgutil
 from typing import Any
 
-from jaxwalk.config import unknown
+from jaxwalk.config import ConfigError, unknown
 from jaxwalk.worlds._hidden_markov import Bounds, HiddenMarkov, MonteCarlo
 
 # Importing a file `mess3.py` binds the name `mess3` of this package to the *module*; binding the function
@@ -33,26 +33,32 @@ def names() -> tuple[str, ...]:
 def make(name: str, **params: Any) -> HiddenMarkov:
     """The world called `name`, with the arguments of its function; `make(w.name, **w.params)` rebuilds `w`.
 
-    Raises ValueError for an unknown world or parameter (did you mean, and all there are), for a missing
+    Raises ConfigError for an unknown world or parameter (did you mean, and all there are), for a missing
     parameter, and for values with which the world is no process.
     """
     if name not in _WORLDS:
-        raise ValueError(unknown("world", name, _WORLDS))
+        raise ConfigError(unknown("world", name, _WORLDS))
     known = inspect.signature(_WORLDS[name]).parameters
     for param in params:
         if param not in known:
             if not known:
-                raise ValueError(f"world {name!r}: expected no parameters, got {param!r}. Leave it out.")
-            raise ValueError(unknown(f"parameter of world {name!r}", param, known))
+                raise ConfigError(f"world {name!r}: expected no parameters, got {param!r}. Leave it out.")
+            raise ConfigError(unknown(f"parameter of world {name!r}", param, known))
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in params]
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"world {name!r}: expected {', '.join(known)}, got no {', '.join(missing)}. Give each a value."
         )
     try:
-        return _WORLDS[name](**params)
+        world = _WORLDS[name](**params)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"world {name!r}: {error}") from error
+        raise ConfigError(f"world {name!r}: {error}") from error
+    if world.name != name or not params.keys() <= world.params.keys():
+        raise ConfigError(
+            f"world {name!r}: expected its file to return HiddenMarkov(..., name={name!r}, params={{...}}) with all "
+            f"its parameters, got name={world.name!r}, params={world.params}: a run could not be built again."
+        )
+    return world
 
 
 def __getattr__(name: str) -> Any:
