@@ -515,7 +515,7 @@ def test_findings_are_strict_json_with_intervals_around_their_numbers(name):
 
 @pytest.mark.parametrize("name", ["path_law", "narrowing"])
 def test_data_is_needed_and_must_fit_the_model(name):
-    with pytest.raises(NotApplicable, match="world, or a store"):
+    with pytest.raises(NotApplicable, match="a world or a text: a model without data"):
         analyse(name, Subject(model_of()))
     with pytest.raises(NotApplicable, match="3 tokens and the model 5"):
         analyse(name, Subject(model_of(), world=chain("forbids")))
