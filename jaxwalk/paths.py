@@ -47,7 +47,8 @@ class Estimate(NamedTuple):
 def next_log_probs(model: Transformer, tokens: Tokens, segments: Segments | None = None) -> Float[Array, "T V"]:
     """log p(v | v_1..v_t) at every position t of one path, in nats.
 
-    `segments` [T] says which document each position is in: see `Transformer.walk`.
+    `segments` [T] says which document each position is in: see `Transformer.walk`. Raises ValueError for tokens that
+    are no path of the model (`check_tokens`).
     """
     walk = model.walk(tokens, segments=segments)
     return jax.nn.log_softmax(jax.vmap(model.logits)(walk.context))
@@ -66,7 +67,8 @@ def path_log_prob(
     nudge: [S, T, D], added at each station of the walk.
     segments: [T], the document each position is in. Steps into padding (0), or across a border, are not scored.
 
-    The last token is scored but not walked, so a path may have max_length + 1 tokens.
+    The last token is scored but not walked, so a path may have max_length + 1 tokens. Raises ValueError for tokens
+    that are no path of the model, a `given` that is not from 1 to T, and wrong shapes.
     """
     return step_log_probs(model, tokens, given, nudge, segments).sum()
 
@@ -131,7 +133,8 @@ def sample_paths(
 
     temperature, top_k, top_p: off by default, as each *changes the law* that is sampled (temperature first, then
     the k most probable tokens, then the fewest whose probability reaches p). The log-probabilities returned
-    are under the model's own law in any case.
+    are under the model's own law in any case. Raises ValueError for an empty prompt, one that leaves no room for
+    `steps` tokens, and options out of range.
     """
     prompt = _check_prompt(model, prompt, steps)
     if temperature is not None and temperature <= 0:
@@ -248,7 +251,8 @@ def top_paths(
 
     budget: the most prefixes that are expanded. width: how many are expanded together. capacity: how many
     prefixes are kept for later; what falls out of it counts in `bound`. The answer is exact in any case as far
-    as the certificate says. Slots that no path fills have log-probability -inf and tokens -1.
+    as the certificate says. Slots that no path fills have log-probability -inf and tokens -1. Raises ValueError for
+    an empty prompt, one that leaves no room for `steps` tokens, and sizes below 1.
     """
     prompt = _check_prompt(model, prompt, steps)
     if k < 1:

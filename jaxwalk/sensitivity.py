@@ -1,7 +1,8 @@
 """Derivatives of path probabilities and of context vectors. Ordinary ones: nothing is held.
 
 All take one path, with fused kernels replaced by their plain form where a derivative needs it, and are batched
-with `jax.vmap`.
+with `jax.vmap`. All raise ValueError for tokens that are no path of the model. Units: nats, and units of embedding
+space, in which token vectors and context vectors are.
 """
 
 import functools
@@ -46,7 +47,7 @@ def path_gradient(
 def station_gradient(
     model: Transformer, tokens: Tokens, given: int = 1, segments: Segments | None = None
 ) -> Float[Array, "S T D"]:
-    """d log P(path | given) / d nudge: the gradient at every station and position, in one backward pass."""
+    """d log P(path | given) / d nudge, in nats per unit: the gradient at every station, in one backward pass."""
     tokens = check_tokens(model, tokens, model.max_length + 1)
     model = plain(model)
     nudge = jnp.zeros((2 * model.depth + 1, len(tokens), model.width), model.token_vectors.dtype)

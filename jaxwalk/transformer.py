@@ -111,10 +111,11 @@ class Layer(nnx.Module):
 
 
 class State(NamedTuple):
-    """What decoding carries from token to token: the state of each layer's aggregate, and the position."""
+    """What decoding carries from token to token: each layer's state, the position, and how many there may be."""
 
     layers: tuple[Any, ...]
     position: Int[Array, ""]
+    length: Int[Array, ""]
 
 
 @module
@@ -323,7 +324,10 @@ def check_tokens(model: Transformer, tokens: Tokens, longest: int | None = None)
 
 
 def init(config: ModelConfig, key: Key) -> Transformer:
-    """A model with fresh float32 parameters. The same config and key give the same model."""
+    """A model with fresh float32 parameters. The same config and key give the same model.
+
+    Raises ConfigError for choices that do not fit each other, such as heads that do not divide the width.
+    """
 
     def norm() -> Norm:
         if config.norm == "rms_norm":
@@ -424,7 +428,7 @@ def context_vector(model: Transformer, tokens: Tokens, **options: Any) -> Float[
 def init_state(model: Transformer, length: int) -> State:
     """The state before the first of at most `length` tokens. Raises ValueError beyond the model's max_length."""
     _check_length(model, length)
-    return State(tuple(layer.aggregate.init_state(length) for layer in model.layers), jnp.array(0))
+    return State(tuple(layer.aggregate.init_state(length) for layer in model.layers), jnp.array(0), jnp.array(length))
 
 
 def _check_length(model: Transformer, length: int, prompt: int = 0) -> None:
@@ -437,7 +441,8 @@ def _check_length(model: Transformer, length: int, prompt: int = 0) -> None:
 def prefill(model: Transformer, tokens: Tokens, length: int) -> tuple[State, Float[Array, " V"]]:
     """The state after a prompt [P], computed in parallel, and the logits [V] of what comes next.
 
-    `length` is the most tokens, prompt included, that the state will see.
+    `length` is the most tokens, prompt included, that the state will see. Raises ValueError for a prompt that is no
+    path of the model, and a length that is not from the prompt's to max_length.
     """
     tokens = check_tokens(model, tokens)
     _check_length(model, length, len(tokens))
@@ -453,11 +458,19 @@ def prefill(model: Transformer, tokens: Tokens, length: int) -> tuple[State, Flo
             return y
 
         x = layer(x, aggregate)[0][-1]
-    return State(tuple(states), jnp.array(len(tokens))), model.logits(model.context(x[-1]))
+    return State(tuple(states), jnp.array(len(tokens)), jnp.array(length)), model.logits(model.context(x[-1]))
 
 
 def step(model: Transformer, state: State, token: Int[Array, ""] | int) -> tuple[State, Float[Array, " V"]]:
-    """Take one token; the new state, and the logits [V] of what comes next. Beyond the state's length: NaN."""
+    """Take one token; the new state, and the logits [V] of what comes next.
+
+    Raises ValueError beyond the state's length, and for an id that is out of range; under jit both give NaN.
+    """
+    if not isinstance(state.position, jax.core.Tracer) and state.position >= state.length:
+        raise ValueError(
+            f"state: expected room for another token, got one that has taken all {int(state.length)} it was made for. "
+            "Make it with a greater length, up to the model's max_length."
+        )
     token = check_tokens(model, jnp.asarray(token)[None])[0]
     x = model.embed(token)
     if model.positions is not None:
@@ -472,4 +485,4 @@ def step(model: Transformer, state: State, token: Int[Array, ""] | int) -> tuple
             return y[None]
 
         x = layer(x, aggregate)[0][-1]
-    return State(tuple(states), state.position + 1), model.logits(model.context(x[0]))
+    return State(tuple(states), state.position + 1, state.length), model.logits(model.context(x[0]))

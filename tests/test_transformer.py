@@ -471,3 +471,14 @@ def test_steps_beyond_the_length_are_nan():
     logits = np.array(run(m, jnp.array([0, 1, 2, 3])))
     assert np.isfinite(logits[:3]).all()
     assert np.isnan(logits[3]).all()
+
+
+def test_a_step_too_many_and_a_path_beyond_the_table_are_refused():
+    model = model_of()
+    state, _ = jw.step(model, jw.init_state(model, 1), 3)
+    with pytest.raises(ValueError, match="has taken all 1 it was made for"):
+        jw.step(model, state, 3)
+    longer = dataclasses.replace(model, max_length=20)
+    with pytest.raises(ValueError, match="expected at most 12 tokens, the rows of the table, got 13"):
+        jw.next_log_probs(longer, [1] * 13)
+    assert np.isfinite(jw.next_log_probs(longer, [1] * 12)).all()
