@@ -217,7 +217,7 @@ def test_unknown_names_and_impossible_choices_say_so():
     source.loader.exec_module(unchecked)
     with pytest.raises(ConfigError, match=r"unknown aggregate 'atention'. Did you mean 'attention'\? Choices: "):
         jw.aggregates.config("atention")
-    with pytest.raises(ConfigError, match=r"unknown field of Config 'head'. Did you mean 'heads'"):
+    with pytest.raises(ConfigError, match=r"unknown field of attention 'head'. Did you mean 'heads'"):
         jw.aggregates.config("attention", head=3)
     for choices, message in (
         ({"heads": 0}, "heads: expected at least 1, got 0"),
