@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxwalk.decomposition import decompose, log_prob_readout
-from jaxwalk.transformer import Segments, Tokens, Transformer, check_tokens, plain
+from jaxwalk.transformer import Index, Segments, Tokens, Transformer, check_index, check_tokens, plain
 
 CELLS, NODES, SCAN = 32, 4, 256
 
@@ -34,7 +34,7 @@ class Attribution(NamedTuple):
 
 
 def held_attribution(
-    model: Transformer, tokens: Tokens, token: int, at: int = -1, segments: Segments | None = None
+    model: Transformer, tokens: Tokens, token: Index, at: Index = -1, segments: Segments | None = None
 ) -> Attribution:
     """log p(token | tokens up to `at`) by the held-coefficient decomposition.
 
@@ -50,8 +50,8 @@ def held_attribution(
 def gradient_attribution(
     model: Transformer,
     tokens: Tokens,
-    token: int,
-    at: int = -1,
+    token: Index,
+    at: Index = -1,
     segments: Segments | None = None,
     baseline: Float[Array, " D"] | None = None,
 ) -> Attribution:
@@ -65,8 +65,8 @@ def gradient_attribution(
 def integrated_gradients(
     model: Transformer,
     tokens: Tokens,
-    token: int,
-    at: int = -1,
+    token: Index,
+    at: Index = -1,
     segments: Segments | None = None,
     baseline: Float[Array, " D"] | None = None,
 ) -> Attribution:
@@ -81,8 +81,8 @@ def integrated_gradients(
 def occlusion(
     model: Transformer,
     tokens: Tokens,
-    token: int,
-    at: int = -1,
+    token: Index,
+    at: Index = -1,
     segments: Segments | None = None,
     baseline: Float[Array, " D"] | None = None,
 ) -> Attribution:
@@ -100,21 +100,20 @@ def _attribution(by_token: Array, rest: Array, whole: Array) -> Attribution:
 def _prepared(
     model: Transformer,
     tokens: Tokens,
-    token: int,
-    at: int,
+    token: Index,
+    at: Index,
     segments: Segments | None,
     baseline: Array | None,
 ) -> tuple[Transformer, Array, Array, Array, Array | None, Array]:
     tokens = check_tokens(model, tokens)
-    if isinstance(token, int) and not 0 <= token < model.vocab_size:
-        raise ValueError(f"token: expected an id from 0 to {model.vocab_size - 1}, got {token}.")
-    if isinstance(at, int) and not -len(tokens) <= at < len(tokens):
-        raise ValueError(f"at: expected a position from {-len(tokens)} to {len(tokens) - 1}, got {at}.")
+    token = check_index("token", token, model.vocab_size, from_end=False)
+    at = check_index("at", at, len(tokens))
     baseline = model.token_vectors.mean(0) if baseline is None else jnp.asarray(baseline)
     if baseline.shape != (model.width,):
         raise ValueError(f"baseline: expected a vector [{model.width}], got shape {baseline.shape}.")
     segments = None if segments is None else jnp.asarray(segments)
-    return plain(model), tokens, jnp.asarray(token), jnp.asarray(at) % len(tokens), segments, baseline
+    # Of a token or a position that is not there everything is NaN.
+    return plain(model), jnp.where((token < 0) | (at < 0), -1, tokens), token, at, segments, baseline
 
 
 @functools.partial(jax.jit, static_argnames="method")

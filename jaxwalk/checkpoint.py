@@ -333,6 +333,8 @@ def prepare_workdir(workdir: Path, definition: Mapping[str, Any], *, resume: boo
         workdir.mkdir(parents=True, exist_ok=True)
     else:
         old = read_definition(file)
+        if "store" not in old:  # of a run that did not write it down yet
+            definition = {key: value for key, value in definition.items() if key != "store"}
         if changed := sorted(_differences(_binding(old), _binding(definition))):
             raise ConfigError(
                 f"{workdir} holds another config's run; they differ in {', '.join(changed)}. "

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxwalk.filters import MLP, GatedMLP, wide
-from jaxwalk.transformer import Layer, Segments, Tokens, Transformer, Walk, check_tokens, plain
+from jaxwalk.filters import MLP, GatedMLP, row, wide
+from jaxwalk.transformer import Index, Layer, Segments, Tokens, Transformer, Walk, check_index, check_tokens, plain
 
 ADDITIVE = frozenset({"bias"})
 """Names of the parameters that are added to the stream or to what goes into it: all other coefficients multiply."""
@@ -121,7 +121,7 @@ class Readout(NamedTuple):
 
 
 def decompose(
-    model: Transformer, tokens: Tokens, at: int = -1, *, station: int | None = None, segments: Segments | None = None
+    model: Transformer, tokens: Tokens, at: Index = -1, *, station: int | None = None, segments: Segments | None = None
 ) -> Decomposition:
     """The context vector of position `at`, or its `station` (0 to S-1), split exactly by source token.
 
@@ -132,7 +132,7 @@ def decompose(
 
 
 def decompose_steps(
-    model: Transformer, tokens: Tokens, at: int = -1, *, station: int | None = None, segments: Segments | None = None
+    model: Transformer, tokens: Tokens, at: Index = -1, *, station: int | None = None, segments: Segments | None = None
 ) -> StepDecomposition:
     """The context vector of position `at`, or its `station`, split exactly by the steps that added to it.
 
@@ -142,7 +142,7 @@ def decompose_steps(
 
 
 def decompose_steps_by_token(
-    model: Transformer, tokens: Tokens, at: int = -1, *, station: int | None = None, segments: Segments | None = None
+    model: Transformer, tokens: Tokens, at: Index = -1, *, station: int | None = None, segments: Segments | None = None
 ) -> StepTokenDecomposition:
     """Both cuts at once: each step's part of the target, split by source token. 2L x D backward passes.
 
@@ -155,7 +155,7 @@ def decompose_heads(
     model: Transformer,
     tokens: Tokens,
     layer: int,
-    at: int = -1,
+    at: Index = -1,
     *,
     station: int | None = None,
     segments: Segments | None = None,
@@ -172,7 +172,7 @@ def decompose_neurons(
     model: Transformer,
     tokens: Tokens,
     layer: int,
-    at: int = -1,
+    at: Index = -1,
     *,
     station: int | None = None,
     segments: Segments | None = None,
@@ -188,24 +188,25 @@ def decompose_neurons(
     return _asked(_by_neuron, model, tokens, at, station, segments, layer)
 
 
-def logit_readout(model: Transformer, token: int) -> Readout:
-    """The logit of `token`: u . c + b."""
-    bias = model.unembed.bias
-    U = model.output_vectors
-    return Readout(U[token], jnp.zeros((), U.dtype) if bias is None else bias[token])
+def logit_readout(model: Transformer, token: Index) -> Readout:
+    """The logit of `token`: u . c + b. Raises ValueError for an id that is out of range."""
+    token = check_index("token", token, model.vocab_size, from_end=False)
+    U, bias = model.output_vectors, model.unembed.bias
+    return Readout(row(U, token), jnp.zeros((), U.dtype) if bias is None else bias[token])
 
 
-def log_prob_readout(model: Transformer, context: Float[Array, " D"], token: int) -> Readout:
+def log_prob_readout(model: Transformer, context: Float[Array, " D"], token: Index) -> Readout:
     """log p(token) at the law p of this context, in nats: (u - E_p u) . c + (b - E_p b) - H(p), with p held.
 
-    The constant holds the entropy -H(p), without which the parts would sum to the centred logit and no more.
+    The constant holds the entropy -H(p), without which the parts would sum to the centred logit and no more. Raises
+    ValueError for an id that is out of range.
     """
+    direction, constant = logit_readout(model, token)
     logits = model.logits(context)
     p, log_p = jax.nn.softmax(logits), jax.nn.log_softmax(logits)
     entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0))
-    bias = 0 if model.unembed.bias is None else model.unembed.bias[token] - p @ model.unembed.bias
-    U = model.output_vectors
-    return Readout(U[token] - p @ U, bias - entropy)
+    mean_bias = 0 if model.unembed.bias is None else p @ model.unembed.bias
+    return Readout(direction - p @ model.output_vectors, constant - mean_bias - entropy)
 
 
 # What is asked for.
@@ -215,7 +216,7 @@ def _asked(
     cut: Callable[..., Any],
     model: Transformer,
     tokens: Tokens,
-    at: int,
+    at: Index,
     station: int | None,
     segments: Segments | None,
     layer: int | None = None,
@@ -226,16 +227,16 @@ def _asked(
     if dtype not in TOLERANCE:
         raise ValueError(f"model: expected float32 or float64, got {dtype}. Use jw.astype(model, jnp.float32).")
     T, S = len(tokens), 2 * model.depth + 1
-    if isinstance(at, int) and not -T <= at < T:
-        raise ValueError(f"at: expected a position from {-T} to {T - 1}, got {at}.")
+    at = check_index("at", at, T)
     if station is not None and not 0 <= station < S:
         raise ValueError(
             f"station: expected one from 0 to {S - 1} (0 the embedding, 2l+1 after aggregate l, 2l+2 after filter l), "
             f"got {station}."
         )
     segments = None if segments is None else jnp.asarray(segments)
+    tokens = jnp.where(at < 0, -1, tokens)  # of a position that is not there everything is NaN
     with jax.default_matmul_precision("highest"):
-        result = _run(cut, plain(model), tokens, segments, jnp.asarray(at) % T, station, layer)
+        result = _run(cut, plain(model), tokens, segments, at, station, layer)
     if not isinstance(result.error, jax.core.Tracer) and not result.error <= TOLERANCE[dtype]:
         raise DecompositionError(
             f"the parts do not sum to the whole: expected a relative error of at most {TOLERANCE[dtype]:g}, got "
@@ -361,8 +362,8 @@ def _by_source(target: _Target, function: Callable[[Array], Array]) -> tuple[Arr
     out, pull = jax.vjp(function, target.vectors)
 
     def one(index: Array) -> tuple[Array, Array]:
-        (row,) = pull(jnp.zeros_like(out).at[index].set(1))
-        return jnp.sum(row * target.vectors, axis=-1), jnp.sum(row * target.places, axis=-1)
+        (slope,) = pull(jnp.zeros_like(out).at[index].set(1))
+        return jnp.sum(slope * target.vectors, axis=-1), jnp.sum(slope * target.places, axis=-1)
 
     by_token, by_position = lax.map(one, jnp.arange(len(out)), batch_size=min(len(out), 16))
     return by_token.T, by_position.T

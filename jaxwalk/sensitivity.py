@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxwalk.paths import path_log_prob, step_log_probs
-from jaxwalk.transformer import Segments, Tokens, Transformer, check_tokens, plain
+from jaxwalk.transformer import Index, Segments, Tokens, Transformer, check_index, check_tokens, plain
 
 
 def token_vectors(model: Transformer, tokens: Tokens) -> Float[Array, "T D"]:
@@ -108,8 +108,8 @@ class Spectrum(NamedTuple):
 def context_spectrum(
     model: Transformer,
     tokens: Tokens,
-    source: int,
-    at: int = -1,
+    source: Index,
+    at: Index = -1,
     k: int = 8,
     *,
     steps: int | None = None,
@@ -124,14 +124,13 @@ def context_spectrum(
     """
     tokens = check_tokens(model, tokens)
     T, D = len(tokens), model.width
-    for what, position in (("source", source), ("at", at)):
-        if not -T <= position < T:
-            raise ValueError(f"{what}: expected a position from {-T} to {T - 1}, got {position}.")
+    source, at = check_index("source", source, T), check_index("at", at, T)
     steps = min(2 * k + 16, D) if steps is None else steps
     if not 1 <= k <= steps <= D:
         raise ValueError(f"k, steps: expected 1 <= k <= steps <= {D} (the width), got k = {k}, steps = {steps}.")
     segments = None if segments is None else jnp.asarray(segments)
-    return _spectrum(plain(model), tokens, segments, jnp.asarray(source) % T, jnp.asarray(at) % T, k, steps)
+    tokens = jnp.where((source < 0) | (at < 0), -1, tokens)  # of a position that is not there everything is NaN
+    return _spectrum(plain(model), tokens, segments, source, at, k, steps)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "steps"))

@@ -38,6 +38,7 @@ from jaxwalk.filters import (
 
 Filter = MLP | GatedMLP
 Segments = Int[Array, " T"] | Int[np.ndarray, " T"]
+Index = int | Int[Array, ""] | Int[np.ndarray, ""] | np.integer
 Tokens = Int[Array, " T"] | Int[np.ndarray, " T"] | Sequence[int]
 
 
@@ -323,6 +324,18 @@ def check_tokens(model: Transformer, tokens: Tokens, longest: int | None = None)
     return jnp.asarray(given)
 
 
+def check_index(what: str, index: Index, size: int, *, from_end: bool = True) -> Int[Array, ""]:
+    """`index` as one from 0, negative ones counted from the end if they may be. Raises ValueError where there is none.
+
+    Under jit nothing can be raised: there it is -1, which `row` and `embed` turn into NaN.
+    """
+    least = -size if from_end else 0
+    if not isinstance(index, jax.core.Tracer) and not least <= index < size:
+        raise ValueError(f"{what}: expected one from {least} to {size - 1}, got {index}.")
+    index = jnp.asarray(index)
+    return jnp.where((index >= least) & (index < size), index % size, -1)
+
+
 def init(config: ModelConfig, key: Key) -> Transformer:
     """A model with fresh float32 parameters. The same config and key give the same model.
 
@@ -448,7 +461,7 @@ def prefill(model: Transformer, tokens: Tokens, length: int) -> tuple[State, Flo
     _check_length(model, length, len(tokens))
     x = jax.vmap(model.embed)(tokens)
     if model.positions is not None:
-        x = x + jax.vmap(model.positions)(jnp.arange(len(tokens))).astype(x.dtype)
+        x = x + model.position_vectors(len(tokens)).astype(x.dtype)
     states = []
     for layer in model.layers:
 

@@ -100,9 +100,9 @@ def test_batched_as_alone(method):
 
 def test_what_does_not_exist_is_named():
     model = model_of()
-    with pytest.raises(ValueError, match="token: expected an id from 0 to 4, got 5"):
+    with pytest.raises(ValueError, match="token: expected one from 0 to 4, got 5"):
         jw.occlusion(model, TOKENS, 5)
-    with pytest.raises(ValueError, match="at: expected a position from -7 to 6, got 7"):
+    with pytest.raises(ValueError, match="at: expected one from -7 to 6, got 7"):
         jw.integrated_gradients(model, TOKENS, 0, 7)
     with pytest.raises(ValueError, match=r"baseline: expected a vector \[16\], got shape \(5,\)"):
         jw.gradient_attribution(model, TOKENS, 0, baseline=jnp.ones(5))

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jaxtyping import Array, Float
 
 import jaxwalk as jw
 from jaxwalk import decomposition as d
-from jaxwalk.filters import Linear, module
+from jaxwalk.filters import module
 from tests.conftest import float64, model_of, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
@@ -205,14 +204,13 @@ def test_batched_and_jitted_as_alone():
     assert (batched.error < 1e-5).all()
 
 
-@module
-class Softplus(nnx.Module):
-    """A filter whose function has no coefficient to hold."""
-
-    up: Linear = nnx.data()
-
-    def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
-        return jax.nn.softplus(self.up(x))
+def test_traced_positions_and_ids_out_of_range_are_nan():
+    model = model_of()
+    at = jax.jit(lambda at: d.decompose(model, TOKENS, at))
+    assert np.isfinite(at(-1).by_token).all()
+    assert np.isnan(at(7).whole).all()
+    assert np.isnan(jax.jit(lambda token: jw.occlusion(model, TOKENS, token))(5).whole)
+    assert np.isnan(jax.jit(lambda token: d.logit_readout(model, token))(-1).direction).all()
 
 
 def test_what_is_not_affine_when_held_is_refused(monkeypatch):
@@ -235,7 +233,10 @@ def _typed(filter):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda m: d.decompose(m, TOKENS, 7), "at: expected a position from -7 to 6, got 7"),
+        (lambda m: d.decompose(m, TOKENS, 7), "at: expected one from -7 to 6, got 7"),
+        (lambda m: d.decompose(m, TOKENS, np.int64(9)), "at: expected one from -7 to 6, got 9"),
+        (lambda m: d.logit_readout(m, 5), "token: expected one from 0 to 4, got 5"),
+        (lambda m: d.log_prob_readout(m, jnp.zeros(16), -1), "token: expected one from 0 to 4, got -1"),
         (lambda m: d.decompose(m, TOKENS, station=5), "station: expected one from 0 to 4"),
         (lambda m: d.decompose_heads(m, TOKENS, 2), "layer: expected one from 0 to 1, got 2"),
         (lambda m: d.decompose_heads(m, TOKENS, 1, station=2), "station: expected one from 3 on"),

@@ -192,8 +192,8 @@ def test_the_spectrum_of_the_future_is_zero_and_what_does_not_exist_is_named():
     model = model_of()
     assert not np.asarray(jw.context_spectrum(model, TOKENS, 4, 2).values).any()
     for ask, message in (
-        ({"source": 6}, "source: expected a position from -6 to 5, got 6"),
-        ({"source": 0, "at": -7}, "at: expected a position from -6 to 5, got -7"),
+        ({"source": 6}, "source: expected one from -6 to 5, got 6"),
+        ({"source": 0, "at": -7}, "at: expected one from -6 to 5, got -7"),
         ({"source": 0, "k": 17}, "expected 1 <= k <= steps <= 16"),
         ({"source": 0, "k": 4, "steps": 3}, "expected 1 <= k <= steps <= 16"),
     ):

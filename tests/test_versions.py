@@ -24,13 +24,13 @@ def test_faulty_releases_are_refused_with_the_remedy(monkeypatch, package, versi
 
 
 def test_good_and_missing_releases_are_not(monkeypatch):
-    refuse_faulty_jax()
+    assert refuse_faulty_jax() is None
 
     def missing(package):
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    refuse_faulty_jax()  # importing jax itself will say what is missing
+    assert refuse_faulty_jax() is None  # importing jax itself will say what is missing
 
 
 def test_the_package_excludes_the_same_releases():
