@@ -88,8 +88,8 @@ class BeliefLaw:
         unique, group = np.unique(keys, return_inverse=True)
         probs = np.bincount(group, self.probs, len(unique))
         weighted = self.probs[:, None] * self.beliefs
-        beliefs = np.column_stack([np.bincount(group, column, len(unique)) for column in weighted.T])
-        beliefs = beliefs / probs[:, None]
+        sums = np.column_stack([np.bincount(group, column, len(unique)) for column in weighted.T])
+        beliefs = sums / probs[:, None]
         cost = 0.0
         if costly:
             own, mean = self.beliefs, beliefs[group]
