@@ -307,7 +307,7 @@ def _sampling(subject: Subject, laws: dict[str, Any], held_out: np.ndarray, samp
     """The model's samples, by the recurrent form, against its enumerated law, by the parallel form."""
     V, T = subject.model.vocab_size, held_out.shape[1] - 1
     steps = max(1, min(T - 1, int(math.log(samples / 8) / math.log(max(V, 2)))))
-    first = np.array([np.bincount(held_out[:, 0], minlength=V).argmax()])
+    first = np.array([np.argmax(np.bincount(held_out[:, 0], minlength=V))])
     key = jax.random.key(subject.seed)
     tokens, law = _sampled_and_enumerated(subject.model, first, key, steps, samples)
     counts = np.bincount(np.asarray(tokens, np.int64) @ V ** np.arange(steps)[::-1], minlength=V**steps)
