@@ -141,8 +141,12 @@ def _gradient(score: Callable[[Array], Array], vectors: Array, start: Array) -> 
 
 
 def _occluded(score: Callable[[Array], Array], vectors: Array, start: Array) -> Array:
-    full = score(vectors)
-    return lax.map(lambda j: full - score(vectors.at[j].set(start[j])), jnp.arange(len(vectors)), batch_size=8)
+    # The whole path is scored in the batches that the others are scored in, filled up with it to one size: a batch of
+    # another size rounds in another way, and tokens that cannot matter would get that difference.
+    T, batch = len(vectors), min(len(vectors) + 1, 8)
+    one = lambda j: score(vectors.at[j].set(start[jnp.minimum(j, T - 1)], mode="drop"))
+    scores = lax.map(one, jnp.minimum(jnp.arange(-(-(T + 1) // batch) * batch), T), batch_size=batch)
+    return scores[T] - scores[:T]
 
 
 def _integrated(score: Callable[[Array], Array], vectors: Array, start: Array) -> Array:

@@ -6,7 +6,7 @@ Everything takes one path and is batched with `jax.vmap`. All logarithms are nat
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxwalk.filters import Key
-from jaxwalk.transformer import Segments, State, Tokens, Transformer, check_shape, check_tokens, prefill, step
+from jaxwalk.transformer import (
+    Mixing,
+    Patch,
+    Segments,
+    State,
+    Tokens,
+    Transformer,
+    check_shape,
+    check_tokens,
+    prefill,
+    step,
+)
 
 ENUMERABLE = 1 << 16
 """How many continuations are enumerated, where exactness is possible, before estimates take over."""
@@ -60,17 +71,19 @@ def path_log_prob(
     given: int = 1,
     nudge: Float[Array, "S T D"] | None = None,
     segments: Segments | None = None,
+    **options: Any,
 ) -> Float[Array, ""]:
     """log P(v_1..v_T | the first `given` tokens) in nats: the sum of the log-probabilities of the steps after them.
 
     given: at least 1, as a model has no law for the first token (a begin-of-path token is a given one).
     nudge: [S, T, D], added at each station of the walk.
     segments: [T], the document each position is in. Steps into padding (0), or across a border, are not scored.
+    Further options are the interventions of `Transformer.walk`: patch, vectors, mixing, all over T positions.
 
     The last token is scored but not walked, so a path may have max_length + 1 tokens. Raises ValueError for tokens
     that are no path of the model, a `given` that is not from 1 to T, and wrong shapes.
     """
-    return step_log_probs(model, tokens, given, nudge, segments).sum()
+    return step_log_probs(model, tokens, given, nudge, segments, **options).sum()
 
 
 def step_log_probs(
@@ -79,12 +92,12 @@ def step_log_probs(
     given: int = 1,
     nudge: Float[Array, "S T D"] | None = None,
     segments: Segments | None = None,
-    **options: Any,
+    *,
+    patch: Patch | None = None,
+    vectors: Float[Array, "T D"] | None = None,
+    mixing: Mapping[int, Mixing] | None = None,
 ) -> Float[Array, " N"]:
-    """The N = T - 1 summands of `path_log_prob`: entry t is log p(v_{t+2} | v_1..v_{t+1}), 0 where it is not scored.
-
-    Further options are those of `Transformer.walk`.
-    """
+    """The N = T - 1 summands of `path_log_prob`: entry t is log p(v_{t+2} | v_1..v_{t+1}), 0 where it is not scored."""
     tokens = check_tokens(model, tokens, model.max_length + 1)
     segments = None if segments is None else jnp.asarray(segments)
     if not 1 <= given <= len(tokens):
@@ -92,14 +105,24 @@ def step_log_probs(
     if len(tokens) == 1:
         return jnp.zeros(0)
     T = len(tokens)
+    S, D = 2 * model.depth + 1, model.width
     check_shape("segments", segments, (T,))
-    check_shape("nudge", nudge, (2 * model.depth + 1, T, model.width))
+    check_shape("nudge", nudge, (S, T, D))
+    check_shape("vectors", vectors, (T, D))
+    where, by = (None, None) if patch is None else (jnp.asarray(patch[0]), jnp.asarray(patch[1]))
+    check_shape("patch[0]", where, (S, T))
+    check_shape("patch[1]", by, (S, T, D))
+    for number, A in (mixing or {}).items():
+        if not callable(A):
+            check_shape(f"mixing[{number}]", A, (None, T, T))
     before, after = tokens[:-1], tokens[1:]
     walk = model.walk(
         before,
         segments=None if segments is None else segments[:-1],
         nudge=None if nudge is None else nudge[:, :-1],
-        **options,
+        patch=None if where is None or by is None else (where[:, :-1], by[:, :-1]),
+        vectors=None if vectors is None else vectors[:-1],
+        mixing={n: A if callable(A) else A[:, :-1, :-1] for n, A in (mixing or {}).items()},
     )
     # Not log_softmax and a gather: the row of log-probabilities is never written out.
     logits = jax.vmap(model.logits)(walk.context)

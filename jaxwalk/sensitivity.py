@@ -38,10 +38,7 @@ def path_gradient(
     def score(vectors: Array) -> Array:
         return step_log_probs(model, tokens, given, segments=segments, vectors=vectors).sum()
 
-    vectors = jax.vmap(model.embed)(tokens)
-    if len(tokens) == 1:
-        return jnp.zeros_like(vectors)
-    return jnp.concatenate([jax.grad(score)(vectors[:-1]), jnp.zeros_like(vectors[-1:])])
+    return jax.grad(score)(jax.vmap(model.embed)(tokens))
 
 
 def station_gradient(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxwalk import aggregates
 from jaxwalk.aggregates._contract import Aggregate, runs_and_positions
@@ -40,6 +40,10 @@ Filter = MLP | GatedMLP
 Segments = Int[Array, " T"] | Int[np.ndarray, " T"]
 Index = int | Int[Array, ""] | Int[np.ndarray, ""] | np.integer
 Tokens = Int[Array, " T"] | Int[np.ndarray, " T"] | Sequence[int]
+Mixing = Float[Array, "G T T"] | Callable[[Float[Array, "G T T"]], Float[Array, "G T T"]]
+"""A mixing matrix to use instead of a layer's own, or a function that makes one of it."""
+Patch = tuple[Bool[Array, "S T"] | Bool[np.ndarray, "S T"], Float[Array, "S T D"]]
+"""Where stations are replaced, and by what."""
 
 
 class Walk(NamedTuple):
@@ -56,6 +60,22 @@ class Walk(NamedTuple):
     context: Float[Array, "T D"]
     mixing: dict[int, Float[Array, "G T T"]]
     moves: Float[Array, "S-1 T D"]
+
+
+class _Edits(NamedTuple):
+    """What is done to stations on arrival, each with stations as its first axis: replaced where said, then nudged."""
+
+    nudge: Array | None = None
+    where: Array | None = None
+    by: Array | None = None
+
+    def apply(self, x: Float[Array, "T D"], station: int) -> Float[Array, "T D"]:
+        if self.where is not None and self.by is not None:
+            x = jnp.where(self.where[station][:, None], self.by[station], x)
+        return x if self.nudge is None else x + self.nudge[station]
+
+
+_UNEDITED = _Edits()
 
 
 def _each(filter: Callable[..., Array], hold: bool) -> Callable[[Array], Array]:
@@ -82,7 +102,7 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "T D"],
         aggregate: Callable[[Array], Array],
-        nudge: Float[Array, "2 T D"] | None = None,
+        edits: _Edits = _UNEDITED,
         hold: bool = False,
     ) -> tuple[Float[Array, "2 T D"], Float[Array, "2 T D"]]:
         """Both stations of this layer, and both moves, what its steps add.
@@ -90,17 +110,14 @@ class Layer(nnx.Module):
         `aggregate` is what combines the positions: `self.aggregate` or its stand-in.
         """
         first = aggregate(self.source(x, self.aggregate_norm, hold))
-        after_aggregate = self._arrive(x + first, self.aggregate_norm, hold)
-        if nudge is not None:
-            after_aggregate = after_aggregate + nudge[0]
+        after_aggregate = edits.apply(self._arrive(x + first, self.aggregate_norm, hold), 0)
         if self.filter is None or self.filter_norm is None:
             second, after_filter = jnp.zeros_like(first), after_aggregate
         else:
             before = x if self.placement == "parallel" else after_aggregate
             second = _each(self.filter, hold)(self.source(before, self.filter_norm, hold))
             after_filter = self._arrive(after_aggregate + second, self.filter_norm, hold)
-        if nudge is not None:
-            after_filter = after_filter + nudge[1]
+        after_filter = edits.apply(after_filter, 1)
         return jnp.stack([after_aggregate, after_filter]), jnp.stack([first, second])
 
     def source(self, x: Float[Array, "T D"], norm: Norm, hold: bool = False) -> Float[Array, "T D"]:
@@ -165,14 +182,26 @@ class Transformer(nnx.Module):
         """c . u_v + b_v for each v."""
         return self.unembed(context, self.embed.table)
 
+    def with_layer(self, number: int, **fields: Any) -> "Transformer":
+        """This model with other `fields` (aggregate, filter, a norm, placement) in layer `number`; all else is shared.
+
+        Raises ValueError for a layer that does not exist, TypeError for a field that a layer does not have.
+        """
+        if not 0 <= number < self.depth:
+            raise ValueError(f"layer: expected one from 0 to {self.depth - 1}, got {number}.")
+        layers = list(self.layers)
+        layers[number] = dataclasses.replace(layers[number], **fields)
+        return dataclasses.replace(self, layers=tuple(layers))
+
     def walk(
         self,
         tokens: Tokens,
         *,
         segments: Segments | None = None,
         nudge: Float[Array, "S T D"] | None = None,
+        patch: Patch | None = None,
         vectors: Float[Array, "T D"] | None = None,
-        mixing: Mapping[int, Float[Array, "G T T"]] | None = None,
+        mixing: Mapping[int, Mixing] | None = None,
         record_mixing: Sequence[int] = (),
         hold: bool = False,
     ) -> Walk:
@@ -183,8 +212,10 @@ class Transformer(nnx.Module):
             nothing crosses one.
         nudge: [S, T, D], added at each station. Its gradient at zero is that of every station at once; a steering
             vector is a nudge.
+        patch: (where [S, T], by [S, T, D]), stations to replace, and what by: those of another path's walk, say. A
+            nudge comes after it.
         vectors: [T, D], token vectors to use instead of the model's own.
-        mixing: {layer: A}, mixing matrices to use instead of the layers' own.
+        mixing: {layer: A}, mixing matrices to use instead of the layers' own, or functions that make them of these.
         record_mixing: the layers whose mixing matrices are returned.
         hold: hold all data-dependent coefficients (mixing, norms, gates) at their values, which leaves the walk
             affine in the token vectors.
@@ -193,22 +224,31 @@ class Transformer(nnx.Module):
         T, S = len(tokens), 2 * self.depth + 1
         segments = None if segments is None else jnp.asarray(segments)
         check_shape("segments", segments, (T,))
+        where, by = (None, None) if patch is None else (jnp.asarray(patch[0]), jnp.asarray(patch[1]))
         check_shape("nudge", nudge, (S, T, self.width))
+        check_shape("patch[0]", where, (S, T))
+        check_shape("patch[1]", by, (S, T, self.width))
         check_shape("vectors", vectors, (T, self.width))
+        edits = _Edits(nudge, where, by)
         overrides = dict(mixing or {})
-        for number, A in overrides.items():
-            check_shape(f"mixing[{number}]", A, (None, T, T))
+        for number, given in overrides.items():
+            if not callable(given):
+                check_shape(f"mixing[{number}]", given, (None, T, T))
         for what, asked in (("mixing", overrides), ("record_mixing", record_mixing)):
             if any(not 0 <= layer < self.depth for layer in asked):
                 raise ValueError(f"{what}: expected layers from 0 to {self.depth - 1}, got {sorted(asked)}.")
         recorded: dict[int, Array] = {}
 
-        def run(layer: Layer, x: Array, nudge: Array | None, number: int | None = None) -> tuple[Array, Array]:
+        def run(layer: Layer, x: Array, edits: _Edits, number: int | None = None) -> tuple[Array, Array]:
             def aggregate(h: Array) -> Array:
-                if number in overrides:
-                    A = overrides[number]
-                elif hold or number in record_mixing:
+                override = None if number is None else overrides.get(number)
+                if override is not None and not callable(override):
+                    A = override
+                elif override is not None or hold or number in record_mixing:
                     A = layer.aggregate.mixing(h, segments=segments)
+                    if override is not None:
+                        own, A = A, override(A)
+                        check_shape(f"mixing[{number}] as a function", A, own.shape)
                     A = lax.stop_gradient(A) if hold else A
                 else:
                     return layer.aggregate(h, segments)
@@ -216,16 +256,15 @@ class Transformer(nnx.Module):
                     recorded[number] = A
                 return layer.aggregate.apply_mixing(h, A, hold=hold)
 
-            return layer(x, aggregate, nudge, hold)
+            return layer(x, aggregate, edits, hold)
 
         x = jax.vmap(self.embed)(tokens) if vectors is None else vectors
         if self.positions is not None:
             x = x + self.position_vectors(T, segments).astype(x.dtype)
-        if nudge is not None:
-            x = x + nudge[0]
+        x = edits.apply(x, 0)
         stations, moves = [x[None]], [jnp.zeros_like(x, shape=(0, *x.shape))]
         if self.scan and self.depth and not overrides and not record_mixing:
-            passed, added = self._scan(run, x, nudge)
+            passed, added = self._scan(run, x, edits)
             stations.append(passed)
             moves.append(added)
         else:
@@ -233,8 +272,8 @@ class Transformer(nnx.Module):
                 step: Callable[..., tuple[Array, Array]] = functools.partial(run, number=number)
                 if self.remat and number not in record_mixing:
                     step = jax.checkpoint(step)
-                pair = None if nudge is None else nudge[2 * number + 1 : 2 * number + 3]
-                passed, added = step(layer, stations[-1][-1], pair)
+                pair = slice(2 * number + 1, 2 * number + 3)
+                passed, added = step(layer, stations[-1][-1], jax.tree.map(lambda a, pair=pair: a[pair], edits))
                 stations.append(passed)
                 moves.append(added)
         walked = jnp.concatenate(stations)
@@ -256,22 +295,22 @@ class Transformer(nnx.Module):
             runs_and_positions(None if segments is None else jnp.asarray(segments), length)[1]
         )
 
-    def _scan(self, run: Callable[..., tuple[Array, Array]], x: Array, nudge: Array | None) -> tuple[Array, Array]:
+    def _scan(self, run: Callable[..., tuple[Array, Array]], x: Array, edits: _Edits) -> tuple[Array, Array]:
         """The stations after the embedding and the moves, [S-1, T, D] each, compiled for one period of layers."""
         period = layer_period(self.layers)
         stack = tuple(jax.tree.map(lambda *a: jnp.stack(a), *self.layers[i::period]) for i in range(period))
-        nudges = None if nudge is None else nudge[1:].reshape(-1, period, 2, *x.shape)
+        by_layer = jax.tree.map(lambda a: a[1:].reshape(-1, period, 2, *a.shape[1:]), edits)
 
-        def body(x: Array, args: tuple[tuple[Layer, ...], Array | None]) -> tuple[Array, tuple[Array, Array]]:
-            layers, nudges = args
+        def body(x: Array, args: tuple[tuple[Layer, ...], _Edits]) -> tuple[Array, tuple[Array, Array]]:
+            layers, edits = args
             walked = []
             for i, layer in enumerate(layers):
-                walked.append(run(layer, x, None if nudges is None else nudges[i]))
+                walked.append(run(layer, x, jax.tree.map(lambda a, i=i: a[i], edits)))
                 x = walked[-1][0][-1]
             stations, moves = zip(*walked, strict=True)
             return x, (jnp.concatenate(stations), jnp.concatenate(moves))
 
-        stations, moves = lax.scan(jax.checkpoint(body) if self.remat else body, x, (stack, nudges))[1]
+        stations, moves = lax.scan(jax.checkpoint(body) if self.remat else body, x, (stack, by_layer))[1]
         return stations.reshape(-1, *x.shape), moves.reshape(-1, *x.shape)
 
 

@@ -437,6 +437,9 @@ def test_bad_options_raise():
         ({"mixing": {0: jnp.ones((4, T, T + 1))}}, r"mixing\[0\]: expected shape \(any, 8, 8\) for this path"),
         ({"nudge": jnp.ones((4, T, 16))}, r"nudge: expected shape \(5, 8, 16\) for this path, got \(4, 8, 16\)"),
         ({"nudge": jnp.ones((5, 1, 16))}, r"nudge: expected shape \(5, 8, 16\)"),
+        ({"patch": (jnp.ones((5, 1), bool), jnp.ones((5, T, 16)))}, r"patch\[0\]: expected shape \(5, 8\)"),
+        ({"patch": (jnp.ones((5, T), bool), jnp.ones((5, T, 15)))}, r"patch\[1\]: expected shape \(5, 8, 16\)"),
+        ({"mixing": {0: lambda A: A[0]}}, r"mixing\[0\] as a function: expected shape \(4, 8, 8\)"),
         ({"vectors": jnp.ones((T, 15))}, r"vectors: expected shape \(8, 16\)"),
         ({"segments": jnp.ones(T + 1, int)}, r"segments: expected shape \(8,\)"),
     ):
@@ -482,3 +485,81 @@ def test_a_step_too_many_and_a_path_beyond_the_table_are_refused():
     with pytest.raises(ValueError, match="expected at most 12 tokens, the rows of the table, got 13"):
         jw.next_log_probs(longer, [1] * 13)
     assert np.isfinite(jw.next_log_probs(longer, [1] * 12)).all()
+
+
+# Interventions.
+
+
+def test_patching_everything_is_the_other_walk_and_patching_nothing_is_this_one():
+    model = model_of(unembed_bias=True)
+    tokens, others = jnp.array([0, 3, 1, 4, 2]), jnp.array([2, 2, 0, 1, 3])
+    mine, other = model.walk(tokens), model.walk(others)
+    everywhere = jnp.ones((5, 5), bool)
+    patched = model.walk(tokens, patch=(everywhere, other.stations))
+    np.testing.assert_array_equal(patched.stations, other.stations)
+    np.testing.assert_allclose(patched.context, other.context, rtol=1e-6)
+    np.testing.assert_array_equal(model.walk(tokens, patch=(~everywhere, other.stations)).stations, mine.stations)
+    # One station of all positions is enough: what comes after it depends on nothing else.
+    for station in range(5):
+        patched = model.walk(tokens, patch=(everywhere & (jnp.arange(5) == station)[:, None], other.stations))
+        np.testing.assert_allclose(patched.stations[station:], other.stations[station:], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(patched.stations[:station], mine.stations[:station])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("placement", ["pre", "post", "parallel"])
+def test_a_patch_at_one_place_is_the_nudge_that_leads_there(placement, scan):
+    model = model_of(depth=3, placement=placement, scan=scan)
+    tokens = jnp.array([0, 3, 1, 4, 2])
+    other = model.walk(tokens[::-1]).stations
+    where = jnp.zeros((7, 5), bool).at[3, 2].set(True)
+    nudge = jnp.where(where[..., None], other - model.walk(tokens).stations, 0)
+    patched, nudged = model.walk(tokens, patch=(where, other)), model.walk(tokens, nudge=nudge)
+    np.testing.assert_allclose(patched.stations, nudged.stations, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(patched.stations[3, 2], other[3, 2])
+    np.testing.assert_array_equal(patched.stations[:, :2], model.walk(tokens).stations[:, :2])
+
+
+def test_a_function_of_the_mixing_is_as_the_matrix_it_makes():
+    model = model_of(depth=3)
+    tokens = jnp.array([0, 3, 1, 4, 2])
+    mine = model.walk(tokens, record_mixing=(0, 1, 2))
+    same = model.walk(tokens, mixing={n: lambda A: A for n in range(3)})
+    np.testing.assert_allclose(same.stations, mine.stations, rtol=1e-4, atol=1e-5)
+    flat = lambda A: jnp.tril(jnp.ones_like(A)) / jnp.arange(1.0, A.shape[-1] + 1)[None, :, None]
+    by_function = model.walk(tokens, mixing={1: flat}, record_mixing=(1, 2))
+    by_matrix = model.walk(tokens, mixing={1: flat(mine.mixing[1])}, record_mixing=(1, 2))
+    np.testing.assert_array_equal(by_function.stations, by_matrix.stations)
+    np.testing.assert_array_equal(by_function.mixing[1], flat(mine.mixing[1]))
+    assert np.abs(by_function.mixing[2] - mine.mixing[2]).max() > 1e-3  # what comes after it associates anew
+
+
+def test_interventions_on_a_path_are_over_all_its_positions():
+    model = model_of()
+    tokens = jnp.array([0, 3, 1, 4, 2])
+    walk = model.walk(tokens, record_mixing=(0, 1))
+    as_is = jw.path_log_prob(model, tokens)
+    vectors = jax.vmap(model.embed)(tokens)
+    same = {"mixing": walk.mixing, "vectors": vectors, "patch": (jnp.ones((5, 5), bool), walk.stations)}
+    for name, value in same.items():
+        np.testing.assert_allclose(jw.path_log_prob(model, tokens, **{name: value}), as_is, rtol=1e-5, err_msg=name)
+    changed = walk.stations.at[3, 1, 0].add(1.0)
+    where = jnp.zeros((5, 5), bool).at[3, 1].set(True)
+    assert abs(jw.path_log_prob(model, tokens, patch=(where, changed)) - as_is) > 1e-3
+    for name, value in (("vectors", vectors[:-1]), ("patch", (where[:, :-1], changed)), ("mixing", {0: jnp.eye(4)})):
+        with pytest.raises(ValueError, match=rf"{name}.*: expected shape"):
+            unchecked(lambda o: jw.path_log_prob(model, tokens, **o))({name: value})
+
+
+def test_a_layer_is_changed_in_one_expression():
+    model = model_of(depth=3)
+    other = model_of(seed=3, depth=3, aggregate="causal_mean").layers[1].aggregate
+    swapped = model.with_layer(1, aggregate=other)
+    assert swapped.layers[1].aggregate is other
+    assert swapped.layers[1].filter is model.layers[1].filter
+    assert swapped.layers[0] is model.layers[0]
+    assert np.isfinite(jw.path_log_prob(swapped, jnp.array([0, 3, 1]))).all()
+    with pytest.raises(ValueError, match="layer: expected one from 0 to 2, got 3"):
+        model.with_layer(3, aggregate=other)
+    with pytest.raises(TypeError):
+        model.with_layer(0, agregate=other)
