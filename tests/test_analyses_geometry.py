@@ -87,24 +87,19 @@ def test_the_random_walk_keeps_start_and_step_lengths_and_turns_by_a_right_angle
     assert abs(float(encoding_walk.straightness(null)) * np.sqrt(39) - 1) < 0.3
 
 
-def test_the_lens_at_the_last_station_is_the_law_of_the_model():
-    model = model_of(unembed_bias=True)
-    tokens = jnp.array([0, 3, 1, 4, 2])
-    log_p = np.asarray(next_log_probs(model, tokens), float)
-    entropy, kl, rank = encoding_walk.lens(model, model.walk(tokens).stations)
-    np.testing.assert_allclose(entropy[-1], -(np.exp(log_p) * log_p).sum(-1), rtol=1e-5)
-    assert (np.asarray(kl[-1]) == 0).all()
-    assert (np.asarray(rank[-1]) == 0).all()
-    station = model.walk(tokens).stations[1]
-    lens = np.asarray(jax.nn.log_softmax(jax.vmap(lambda x: model.logits(model.context(x)))(station)), float)
-    np.testing.assert_allclose(kl[1], (np.exp(log_p) * (log_p - lens)).sum(-1), rtol=1e-4, atol=1e-6)
-    top = log_p.argmax(-1)
-    np.testing.assert_array_equal(rank[1], (lens > lens[np.arange(5), top][:, None]).sum(-1))
-
-
 def test_encoding_walk():
     finding = encoding_walk.analyse(subject_of(), paths=40)
-    holds(finding, "straightness", "turn_angle", "length", "displacement", "lens_kl", "cosine", "length_position_0")
+    holds(
+        finding,
+        "straightness",
+        "turn_angle",
+        "length",
+        "displacement",
+        "lens_kl",
+        "cosine",
+        "length_position_0",
+        "fisher_length",
+    )
     assert finding.null["lens_kl.last_station"] == 0
     assert finding.arrays["lens_kl"][-1] == 0
     assert {f"{n}.untrained" for n in finding.measured} <= set(finding.null)

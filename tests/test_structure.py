@@ -26,6 +26,8 @@ LEVELS = {
     "pretrained": 4,
     "sensitivity": 5,
     "decomposition": 5,
+    "lenses": 5,
+    "interventions": 5,
     "attribution": 6,
     "training": 5,
     "analyses": 7,

@@ -2,7 +2,8 @@
 
 Claim: Singh, arXiv 2308.10874. Measures: the geometry of each position's walk (length, displacement, straightness,
 turn angles, cosines, norms) and its logit lens (nostalgebraist 2020): the law that each station would give if it
-were the last, as KL(final || lens), its entropy, and the rank in it of the token that the final law puts first.
+were the last, as KL(final || lens), its entropy, and the rank in it of the token that the final law puts first. In the
+metric of these laws (Fisher's) each step has a length, and beside it stands the divergence of the laws at its ends.
 
 Nulls: the untrained model, and a random walk with the same step lengths and random directions: in D dimensions
 random steps are orthogonal, so that a straightness of about 1/sqrt(steps) and a turn of pi/2 show nothing. Position
@@ -15,12 +16,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, mean_interval
 from jaxwalk.analyses._subject import Subject
+from jaxwalk.lenses import LOGIT_LENS, fisher_lengths, read, step_divergences
 from jaxwalk.transformer import Transformer
 
 FLOATS = 1 << 22
@@ -91,6 +92,8 @@ def analyse(
             "length": shape.length,
             "displacement": shape.displacement,
             "cosine": _mean(shape.cosine, -1),
+            "fisher_length": shape.fisher,
+            "step_divergence": shape.divergence,
             "norm_growth": shape.norms[..., -1] / shape.norms[..., 0],
         }
         if S > 2:
@@ -188,6 +191,9 @@ def analyse(
         "cosine": "of consecutive stations",
         "lens_kl": "KL(final || lens), mean over all stations but the last, where it is 0 exactly",
         "lens_top_agreement": "share of stations but the last whose most probable token is the final law's",
+        "fisher_length": "summed over steps: sqrt(delta' G delta), G the Fisher metric where the step starts; sqrt(nats)",
+        "step_divergence": "summed over steps: KL(law of a station || law of the next), nats; half the squared Fisher "
+        "length where steps are small",
         "entropy_change": "entropy of the final law minus that of the first station's lens",
         "random_walk": "same start, same step lengths, independent directions, uniform on the sphere",
         "nulls": "of the measured number before the dot",
@@ -238,6 +244,8 @@ class Shape(NamedTuple):
     entropy: Any
     kl: Any
     rank: Any
+    fisher: Any
+    divergence: Any
 
 
 @functools.partial(jax.jit, static_argnames=("every", "normalised"))
@@ -251,9 +259,13 @@ def _observe(
     normalised: bool,
 ) -> Shape:
     walks = jax.vmap(lambda path: model.walk(path).stations)(tokens)[:, np.array(every)][:, :, at]  # [B, S, P, D]
-    laws = lens(model, walks.swapaxes(0, 1).reshape(len(every), -1, walks.shape[-1]))
+    laws = read(model, LOGIT_LENS, walks.swapaxes(0, 1).reshape(len(every), -1, walks.shape[-1]))
     entropy, kl, rank = (a.T.reshape(len(tokens), len(at), len(every)) for a in laws)
-    walks = walks.swapaxes(1, 2).astype(jnp.float32)
+    walks = walks.swapaxes(1, 2)
+    fisher, divergence = (
+        jax.vmap(jax.vmap(functools.partial(of, model)))(walks).sum(-1) for of in (fisher_lengths, step_divergences)
+    )
+    walks = walks.astype(jnp.float32)
     keys = jax.random.split(key, tokens.shape[0] * len(at)).reshape(len(tokens), len(at))
 
     def one(walk: Array, key: Array) -> tuple[Array, ...]:
@@ -271,7 +283,7 @@ def _observe(
             turn_angles(null),
         )
 
-    return Shape(*(*jax.vmap(jax.vmap(one))(walks, keys), entropy, kl, rank))
+    return Shape(*(*jax.vmap(jax.vmap(one))(walks, keys), entropy, kl, rank, fisher, divergence))
 
 
 # Geometry of one walk.
@@ -324,27 +336,6 @@ def random_walk(walk: Float[Array, "S D"], key: Array) -> Float[Array, "S D"]:
     direction = jax.random.normal(key, steps.shape, steps.dtype)
     direction = direction / norms(direction)[:, None]
     return jnp.concatenate([walk[:1], walk[0] + jnp.cumsum(norms(steps)[:, None] * direction, axis=0)])
-
-
-def lens(model: Transformer, stations: Float[Array, "S N D"]) -> tuple[Array, Array, Array]:
-    """Entropy, KL(last || this) and the rank of the last one's top token (0: the top), of each station's law; [S, N].
-
-    Each station is read as if it were the last. One station at a time, as laws are large.
-    """
-
-    def law(station: Float[Array, "N D"]) -> Float[Array, "N V"]:
-        return jax.nn.log_softmax(jax.vmap(lambda x: model.logits(model.context(x)))(station))
-
-    final = law(stations[-1])
-    top = final.argmax(-1, keepdims=True)
-
-    def of(log_p: Float[Array, "N V"]) -> tuple[Array, Array, Array]:
-        entropy = -(jnp.exp(log_p) * log_p).sum(-1)
-        kl = (jnp.exp(final) * (final - log_p)).sum(-1)
-        return entropy, kl, (log_p > jnp.take_along_axis(log_p, top, axis=-1)).sum(-1)
-
-    before = lax.map(lambda station: of(law(station)), stations[:-1])
-    return tuple(jnp.concatenate([b, last[None]]) for b, last in zip(before, of(final), strict=True))  # type: ignore[return-value]
 
 
 def _mean(values: np.ndarray, axis: Any) -> np.ndarray:
