@@ -70,6 +70,7 @@ _ROOMS = {
         "fisher_lengths",
         "step_divergences",
     ),
+    "jaxwalk.interventions": ("patch_effects", "nudge_effects", "mixing_effects"),
     "jaxwalk.attribution": (
         "Attribution",
         "held_attribution",
@@ -88,6 +89,7 @@ _SUBMODULES = (
     "config",
     "decomposition",
     "filters",
+    "interventions",
     "lenses",
     "paths",
     "report",

@@ -25,6 +25,7 @@ with install_import_hook("jaxwalk", "beartype.beartype(conf=beartype.BeartypeCon
     import jaxwalk.attribution
     import jaxwalk.decomposition
     import jaxwalk.filters
+    import jaxwalk.interventions
     import jaxwalk.lenses
     import jaxwalk.paths
     import jaxwalk.sensitivity
