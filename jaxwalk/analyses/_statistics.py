@@ -1,4 +1,4 @@
-"""Statistics, once: bootstrap intervals over paths, and variance explained. In float64 numpy, with fixed seeds.
+"""Statistics, once: bootstrap intervals over paths, variance explained, permutations. In float64 numpy, fixed seeds.
 
 Positions of one path are not independent, so paths are what is resampled.
 """
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from jaxwalk.analyses._finding import NotApplicable
 
@@ -76,6 +77,36 @@ def r_squared(predicted: np.ndarray, actual: np.ndarray) -> float:
     residual = np.sum((actual - predicted) ** 2)
     total = np.sum((actual - actual.mean(axis=0)) ** 2)
     return float(1 - residual / total)
+
+
+def permutation_p(observed: float | np.ndarray, null_draws: np.ndarray) -> np.ndarray:
+    """(1 + number of draws >= observed) / (1 + draws), elementwise; draws are the first axis of `null_draws`.
+
+    One-sided: small where the observed number is larger than permutations make it. What was observed is itself one
+    of the permutations, which is what the ones are for (Phipson and Smyth 2010): the p-value is never 0.
+    """
+    null_draws = np.asarray(null_draws, float)
+    return np.asarray((1 + (null_draws >= observed).sum(axis=0)) / (1 + len(null_draws)))
+
+
+def quantile_groups(x: Float[np.ndarray, " n"] | Int[np.ndarray, " n"], groups: int) -> Int[np.ndarray, " n"]:
+    """The group of each entry, from 0: `groups` groups of near equal size, of the smallest entries to the largest."""
+    place = np.empty(len(x), int)
+    place[np.argsort(x, kind="stable")] = np.arange(len(x))
+    return place * groups // max(len(x), 1)
+
+
+def permute_within(groups: Int[np.ndarray, " n"], rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+    """A permutation, uniform among those that leave every entry in its group; of one group, among all."""
+    permutation = np.empty(len(groups), int)
+    permutation[np.argsort(groups, kind="stable")] = np.lexsort((rng.random(len(groups)), groups))
+    return permutation
+
+
+def average_ranks(x: np.ndarray) -> Float[np.ndarray, " n"]:
+    """Ranks of the entries of x [n], from 0; entries that tie share the mean of their ranks."""
+    _, index, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[index]
 
 
 def chi_square_tail(x: float, dof: int) -> float:

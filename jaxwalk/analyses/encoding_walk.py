@@ -191,7 +191,7 @@ def analyse(
         "cosine": "of consecutive stations",
         "lens_kl": "KL(final || lens), mean over all stations but the last, where it is 0 exactly",
         "lens_top_agreement": "share of stations but the last whose most probable token is the final law's",
-        "fisher_length": "summed over steps: sqrt(delta' G delta), G the Fisher metric where the step starts; sqrt(nats)",
+        "fisher_length": "summed: sqrt(delta' G delta) of each step, G the Fisher metric where it starts; sqrt(nats)",
         "step_divergence": "summed over steps: KL(law of a station || law of the next), nats; half the squared Fisher "
         "length where steps are small",
         "entropy_change": "entropy of the final law minus that of the first station's lens",
