@@ -31,6 +31,8 @@ from jaxwalk.transformer import (
 
 ENUMERABLE = 1 << 16
 """How many continuations are enumerated, where exactness is possible, before estimates take over."""
+STATES = 1 << 30
+"""How many bytes the states of a search's expanded prefixes may take."""
 
 
 class Paths(NamedTuple):
@@ -245,15 +247,20 @@ def _check_prompt(model: Transformer, prompt: Tokens, steps: int) -> Int[Array, 
 
 
 class _Search(NamedTuple):
-    """A best-first search: prefixes to expand (-inf: an empty slot), the best complete paths, what was let go."""
+    """A best-first search: prefixes to expand (-inf: an empty slot), the best complete paths, what was let go.
+
+    parents: of each prefix, the slot of `states` that holds the state after all its tokens but the last.
+    """
 
     tokens: Int[Array, "C steps"]
     lengths: Int[Array, " C"]
+    parents: Int[Array, " C"]
     log_probs: Float[Array, " C"]
     done_tokens: Int[Array, "k steps"]
     done_log_probs: Float[Array, " k"]
     dropped: Float[Array, ""]
     expanded: Int[Array, ""]
+    states: State
 
 
 def top_paths(
@@ -264,6 +271,7 @@ def top_paths(
     *,
     budget: int = 4096,
     width: int = 16,
+    branch: int = 256,
     capacity: int | None = None,
 ) -> Paths:
     """The k most probable continuations of `prompt` [P] by `steps` tokens, in order, by best-first search.
@@ -272,45 +280,56 @@ def top_paths(
     `log_probs` with `bound`. On a flat law the frontier explodes: the search then stops at its `budget` and says
     through `bound` and `unexplored_mass` what it left.
 
-    budget: the most prefixes that are expanded. width: how many are expanded together. capacity: how many
-    prefixes are kept for later; what falls out of it counts in `bound`. The answer is exact in any case as far
-    as the certificate says. Slots that no path fills have log-probability -inf and tokens -1. Raises ValueError for
-    an empty prompt, one that leaves no room for `steps` tokens, and sizes below 1.
+    budget: the most prefixes that are expanded. width: how many are expanded together. branch: how many continuations
+    of a prefix by one token are kept, the most probable ones. capacity: how many prefixes are kept for later. What is
+    not kept counts in `bound`: the answer is exact in any case as far as the certificate says. States of expanded
+    prefixes are kept for their continuations if all fit into `STATES` bytes, else retraced from the prompt's. Slots
+    that no path fills have log-probability -inf and tokens -1. Raises ValueError for an empty prompt, one that leaves no
+    room for `steps` tokens, and sizes below 1.
     """
     prompt = _check_prompt(model, prompt, steps)
     if k < 1:
         raise ValueError(f"k: expected at least 1 path, got {k}.")
-    for what, number in (("budget", budget), ("width", width), ("capacity", 1 if capacity is None else capacity)):
+    sizes = {"budget": budget, "width": width, "branch": branch, "capacity": 1 if capacity is None else capacity}
+    for what, number in sizes.items():
         if number < 1:
             raise ValueError(f"{what}: expected at least 1, got {number}.")
-    width = min(width, budget)
+    width, branch = min(width, budget), min(branch, model.vocab_size)
+    capacity = max(4 * budget if capacity is None else capacity, width)
+    state = jax.eval_shape(functools.partial(prefill, length=len(prompt) + steps - 1), model, prompt)[0]
+    kept = budget * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state)) <= STATES
     return _search(
-        model, prompt, steps=steps, k=k, budget=budget, width=width, capacity=max(capacity or 4 * budget, width)
+        model, prompt, steps=steps, k=k, budget=budget, width=width, branch=branch, capacity=capacity, kept=kept
     )
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "k", "budget", "width", "capacity"))
-def _search(model: Transformer, prompt: Array, *, steps: int, k: int, budget: int, width: int, capacity: int) -> Paths:
-    V = model.vocab_size
+@functools.partial(jax.jit, static_argnames=("steps", "k", "budget", "width", "branch", "capacity", "kept"))
+def _search(
+    model: Transformer,
+    prompt: Array,
+    *,
+    steps: int,
+    k: int,
+    budget: int,
+    width: int,
+    branch: int,
+    capacity: int,
+    kept: bool,
+) -> Paths:
     state, logits = prefill(model, prompt, len(prompt) + steps - 1)
     start = jax.nn.log_softmax(logits)
 
-    def law_after(tokens: Array, length: Array) -> Array:
-        """[V], given the prompt and the first `length` of `tokens`; retraced from the prompt's state, not stored."""
+    def take(state: State, token: Array) -> tuple[State, Array]:
+        state, logits = step(model, state, token)
+        return state, jax.nn.log_softmax(logits)
 
+    def retraced(tokens: Array, length: Array) -> tuple[State, Array]:
         def body(carry: tuple[State, Array], item: tuple[Array, Array]) -> tuple[tuple[State, Array], None]:
             token, i = item
+            return lax.cond(i < length, lambda carry: take(carry[0], token), lambda carry: carry, carry), None
 
-            def take(carry: tuple[State, Array]) -> tuple[State, Array]:
-                state, logits = step(model, carry[0], token)
-                return state, jax.nn.log_softmax(logits)
-
-            return lax.cond(i < length, take, lambda carry: carry, carry), None
-
-        if steps == 1:
-            return start
-        (_, law), _ = lax.scan(body, (state, start), (jnp.maximum(tokens[:-1], 0), jnp.arange(steps - 1)))
-        return law
+        tokens = jnp.maximum(tokens[: steps - 1], 0)
+        return lax.scan(body, (state, start), (tokens, jnp.arange(steps - 1)))[0]
 
     def unfinished(search: _Search) -> Array:
         best = search.log_probs.max()
@@ -320,51 +339,68 @@ def _search(model: Transformer, prompt: Array, *, steps: int, k: int, budget: in
         best, slots = lax.top_k(search.log_probs, width)
         # Within the budget, and never a prefix that cannot matter any more.
         chosen = (best > search.done_log_probs[-1]) & (search.expanded + jnp.arange(width) < budget)
-        tokens, lengths = search.tokens[slots], search.lengths[slots]
-        laws = jax.vmap(law_after)(tokens, lengths)
-        children = jnp.where(chosen[:, None], best[:, None] + laws, -jnp.inf)  # [width, V]
+        tokens, lengths, parents = search.tokens[slots], search.lengths[slots], search.parents[slots]
+        if kept:
+            before = jax.tree.map(lambda a: a[parents], search.states)
+            after, laws = jax.vmap(take)(before, tokens[jnp.arange(width), lengths - 1])
+            # What is expanded is counted on from `expanded`, and so are the slots; a slot beyond the last is no slot.
+            new = jnp.where(chosen, search.expanded + jnp.arange(width), budget)
+            states = jax.tree.map(lambda a, b: a.at[new].set(b, mode="drop"), search.states, after)
+        else:
+            new, states = parents, search.states
+            laws = jax.vmap(retraced)(tokens, lengths)[1]
+        search = search._replace(
+            states=states,
+            log_probs=search.log_probs.at[slots].set(jnp.where(chosen, -jnp.inf, best)),
+            expanded=search.expanded + chosen.sum(),
+        )
+        children = jnp.where(chosen[:, None], best[:, None] + laws, -jnp.inf)
+        return extended(search, children, tokens, lengths, new)
+
+    def extended(search: _Search, children: Array, tokens: Array, lengths: Array, parents: Array) -> _Search:
+        """The search with the `children` [n, V] of prefixes, by one token each."""
+        log_probs, ids = lax.top_k(children, min(branch + 1, children.shape[1]))
+        if branch < children.shape[1]:  # the first of those that are not kept
+            search = search._replace(dropped=jnp.maximum(search.dropped, log_probs[:, -1].max()))
+            log_probs, ids = log_probs[:, :branch], ids[:, :branch]
+        n, B = log_probs.shape
+        row = jnp.repeat(jnp.arange(n), B)
+        tokens = tokens[row].at[jnp.arange(n * B), lengths[row]].set(ids.ravel())
         complete = (lengths + 1 == steps)[:, None]
 
-        def extended(flat: Array) -> Array:
-            parent, token = flat // V, flat % V
-            return tokens[parent].at[jnp.arange(len(flat)), lengths[parent]].set(token)
+        finished = jnp.where(complete, log_probs, -jnp.inf).ravel()
+        done_log_probs, order = lax.top_k(jnp.concatenate([search.done_log_probs, finished]), k)
+        done_tokens = jnp.concatenate([search.done_tokens, tokens])[order]
 
-        finished = jnp.where(complete, children, -jnp.inf).ravel()
-        new, flat = lax.top_k(finished, min(k, finished.size))
-        pool = jnp.concatenate([search.done_log_probs, new])
-        done_log_probs, order = lax.top_k(pool, k)
-        done_tokens = jnp.concatenate([search.done_tokens, extended(flat)])[order]
-
-        prefixes = jnp.where(complete, -jnp.inf, children).ravel()
-        new, flat = lax.top_k(prefixes, min(capacity, prefixes.size))
-        left = search.log_probs.at[slots].set(jnp.where(chosen, -jnp.inf, best))
-        pool = jnp.concatenate([left, new])
-        kept, order = lax.top_k(pool, capacity)
-        lost = jnp.full(len(pool), True).at[order].set(False)
-        overflow = jnp.where(lost, pool, -jnp.inf).max(initial=-jnp.inf)
-        if prefixes.size > capacity:
-            overflow = jnp.maximum(overflow, new[-1])
-        return _Search(
-            jnp.concatenate([search.tokens, extended(flat)])[order],
-            jnp.concatenate([search.lengths, lengths[flat // V] + 1])[order],
-            kept,
-            jnp.where(jnp.isneginf(done_log_probs)[:, None], -1, done_tokens),
-            done_log_probs,
-            jnp.maximum(search.dropped, overflow),
-            search.expanded + chosen.sum(),
+        pool = jnp.concatenate([search.log_probs, jnp.where(complete, -jnp.inf, log_probs).ravel()])
+        best, order = lax.top_k(pool, capacity)
+        lost = jnp.where(jnp.full(len(pool), True).at[order].set(False), pool, -jnp.inf).max(initial=-jnp.inf)
+        join = lambda old, new: jnp.concatenate([old, new])[order]
+        return search._replace(
+            tokens=join(search.tokens, tokens),
+            lengths=join(search.lengths, lengths[row] + 1),
+            parents=join(search.parents, parents[row]),
+            log_probs=best,
+            done_tokens=jnp.where(jnp.isneginf(done_log_probs)[:, None], -1, done_tokens),
+            done_log_probs=done_log_probs,
+            dropped=jnp.maximum(search.dropped, lost),
         )
 
     minus = functools.partial(jnp.full, fill_value=-jnp.inf, dtype=start.dtype)
+    slots = budget if kept else 1
     search = _Search(
-        jnp.zeros((capacity, steps), int),
-        jnp.zeros(capacity, int),
-        minus(capacity).at[0].set(0.0),
-        jnp.full((k, steps), -1),
-        minus(k),
-        minus(()),
-        jnp.array(0),
+        tokens=jnp.zeros((capacity, steps), int),
+        lengths=jnp.zeros(capacity, int),
+        parents=jnp.zeros(capacity, int),
+        log_probs=minus(capacity),
+        done_tokens=jnp.full((k, steps), -1),
+        done_log_probs=minus(k),
+        dropped=minus(()),
+        expanded=jnp.array(1),  # the empty prefix, whose state is in the first slot
+        states=jax.tree.map(lambda a: jnp.zeros((slots, *jnp.shape(a)), jnp.result_type(a)).at[0].set(a), state),
     )
-    search = lax.while_loop(unfinished, expand, search)
+    root = jnp.zeros((1, steps), int), jnp.zeros(1, int), jnp.zeros(1, int)
+    search = lax.while_loop(unfinished, expand, extended(search, start[None], *root))
     bound = jnp.maximum(search.dropped, search.log_probs.max())
     return Paths(search.done_tokens, search.done_log_probs, 1 - jnp.exp(search.done_log_probs).sum(), bound)
 

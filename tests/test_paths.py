@@ -185,19 +185,35 @@ def test_top_paths_are_brute_force(vocab_size, steps, k):
         assert np.isneginf(found.bound)
 
 
+@pytest.mark.parametrize("aggregate", ["attention", "causal_mean", jw.aggregates.config("attention", window=2)])
+def test_states_that_are_kept_and_states_that_are_retraced_lead_to_the_same_paths(aggregate, monkeypatch):
+    m = model(aggregate=aggregate)
+    run = lambda: jax.jit(lambda m: jw.top_paths(m, PROMPT, 4, 6, budget=64, width=3))(m)
+    kept = run()
+    monkeypatch.setattr(paths_module, "STATES", 0)
+    retraced = run()
+    np.testing.assert_array_equal(kept.tokens, retraced.tokens)
+    np.testing.assert_allclose(kept.log_probs, retraced.log_probs, atol=2e-5)
+    np.testing.assert_allclose(kept.bound, retraced.bound, atol=2e-5)
+    whole = [jw.path_log_prob(m, np.concatenate([PROMPT, row]), given=len(PROMPT)) for row in np.array(kept.tokens)]
+    np.testing.assert_allclose(kept.log_probs, whole, atol=2e-5)
+
+
 @pytest.mark.parametrize(
-    ("budget", "width", "capacity"),
+    ("budget", "width", "capacity", "branch"),
     [
-        (3, 1, None),
-        (64, 2, 3),
-        pytest.param(6, 4, 5, marks=pytest.mark.slow),
-        pytest.param(40, 8, 8, marks=pytest.mark.slow),
+        (3, 1, None, 256),
+        (64, 2, 3, 256),
+        (64, 2, None, 1),
+        pytest.param(64, 4, None, 2, marks=pytest.mark.slow),
+        pytest.param(6, 4, 5, 256, marks=pytest.mark.slow),
+        pytest.param(40, 8, 8, 256, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 3])
-def test_the_certificate_holds_when_the_search_is_cut_short(budget, width, capacity, seed):
+def test_the_certificate_holds_when_the_search_is_cut_short(budget, width, capacity, branch, seed):
     rows, log_probs = exact(4, seed)
-    found = search(4, 9, budget=budget, width=width, capacity=capacity)(model(seed))
+    found = search(4, 9, budget=budget, width=width, capacity=capacity, branch=branch)(model(seed))
     bound, given = float(found.bound), np.array(found.log_probs)
     returned = {tuple(t): p for t, p in zip(np.array(found.tokens).tolist(), given.tolist(), strict=True) if t[0] >= 0}
     for row, log_prob in zip(rows.tolist(), log_probs, strict=True):
@@ -300,7 +316,7 @@ def test_bad_requests_raise():
             call()
 
 
-@pytest.mark.parametrize("what", ["budget", "width", "capacity"])
+@pytest.mark.parametrize("what", ["budget", "width", "branch", "capacity"])
 def test_a_search_of_no_size_is_refused(what):
     with pytest.raises(ValueError, match=f"{what}: expected at least 1, got 0"):
         jw.top_paths(model_of(), [1, 2], 3, 2, **{what: 0})

@@ -69,7 +69,7 @@ class CausalMean(Aggregate):
         return self(x), State(total, jnp.array(len(x)), jnp.array(length))
 
     def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
-        total = state.total + self.value(x)
+        total = state.total + self.value(x).astype(state.total.dtype)
         position = state.position + 1
-        y = self.out((total / position).astype(x.dtype))
+        y = self.out((total / position.astype(total.dtype)).astype(x.dtype))
         return State(total, position, state.length), jnp.where(position <= state.length, y, jnp.nan)
