@@ -1,4 +1,4 @@
-"""Laws of the worlds. Every world that the folder holds is held to all that depend on its matrices."""
+"""Laws of the worlds. Every world that the folder holds is held to them; hidden Markov ones also to their matrices."""
 
 import functools
 import inspect
@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from jaxwalk import text, worlds
-from jaxwalk.worlds import HiddenMarkov
+from jaxwalk.worlds import HiddenMarkov, World
 
 # A world's defaults, and where one parameter leads somewhere else, that too.
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
@@ -21,20 +21,31 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "markov order 0": ("markov", {"order": 0, "vocab_size": 3}),
     "tom_quantum projective": ("tom_quantum", {"alpha": 1.0, "beta": 1.0}),
     "golden_mean p=0.1": ("golden_mean", {"p": 0.1}),
+    "associative_recall small": ("associative_recall", {"keys": 2, "values": 2}),
+    "induction small": ("induction", {"vocab_size": 3, "noise": 0.3}),
+    "induction without noise": ("induction", {"vocab_size": 3, "noise": 0}),
+    "grammar small": ("grammar", {"rules": {"S": [[0.3, "S S"], [0.2, "a S b"], [0.5, "a"]]}}),
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in worlds.names()} | EXTRA
-# For what depends on the code alone: ordinary, with impossible paths, generalised.
-each_kind = pytest.mark.parametrize("world", ["mess3", "golden_mean", "fanizza"], indirect=True)
 
 
 @functools.cache
-def world_of(case: str) -> HiddenMarkov:
+def world_of(case: str) -> Any:
     name, params = CASES[case]
     return worlds.make(name, **params)
 
 
+HIDDEN = [case for case in CASES if isinstance(world_of(case), HiddenMarkov)]
+# For what depends on the code alone: ordinary, with impossible paths, generalised.
+each_kind = pytest.mark.parametrize(
+    "world",
+    ["mess3", "golden_mean", "fanizza", "associative_recall small", "induction small", "grammar small"],
+    indirect=True,
+)
+
+
 @functools.lru_cache(maxsize=1)
-def samples_of(world: HiddenMarkov) -> np.ndarray:
+def samples_of(world: World) -> np.ndarray:
     """Four long paths of a world, drawn once: compiling is most of what sampling takes."""
     return np.asarray(world.sample(jax.random.key(2), 4, 1000))
 
@@ -42,6 +53,19 @@ def samples_of(world: HiddenMarkov) -> np.ndarray:
 @pytest.fixture(params=CASES, scope="module")
 def world(request):
     return world_of(request.param)
+
+
+@pytest.fixture(params=HIDDEN, scope="module")
+def hidden(request):
+    return world_of(request.param)
+
+
+@functools.lru_cache(maxsize=1)
+def enumerated(world: World) -> tuple[np.ndarray, np.ndarray]:
+    """All paths of a length, and their log-probabilities in float64."""
+    paths = all_paths(world.vocab_size, longest(world.vocab_size))
+    with jax.enable_x64(True):
+        return paths, np.asarray(jax.vmap(world.path_log_prob)(paths))
 
 
 def all_paths(vocab_size: int, length: int) -> np.ndarray:
@@ -68,6 +92,19 @@ def hidden_path_prob(world: HiddenMarkov, path) -> float:
     return total
 
 
+def exact_prob(world: World, path) -> float:
+    """Of a short path: by the matrices where there are any."""
+    if isinstance(world, HiddenMarkov):
+        return product_prob(world, path)
+    with jax.enable_x64(True):
+        return float(jnp.exp(world.path_log_prob(np.asarray(path))))
+
+
+def laws_of(world: World) -> list[Any]:
+    """The methods that take the tokens of a path."""
+    return [world.path_log_prob, world.next_log_probs, *([world.beliefs] if isinstance(world, HiddenMarkov) else [])]
+
+
 def exact_log_prob(world: HiddenMarkov, path) -> float:
     """log P of a long path, in float64, rescaled by the largest entry: not the way the library does it."""
     vector, log_scale = world.initial.copy(), 0.0
@@ -85,35 +122,66 @@ def binary_entropy(p: float) -> float:
 # The path law.
 
 
-def test_path_law_is_that_of_the_matrices(world):
-    paths = all_paths(world.vocab_size, longest(world.vocab_size))
-    expected = np.array([product_prob(world, path) for path in paths])
-    with jax.enable_x64(True):
-        log_probs = np.asarray(jax.vmap(world.path_log_prob)(paths))
+def test_path_law_is_a_law(world):
+    paths, log_probs = enumerated(world)
     assert log_probs.dtype == np.float64
     assert not np.isnan(log_probs).any()
+    assert abs(np.exp(log_probs).sum() - 1) < 1e-9
+    single = np.asarray(jax.vmap(world.path_log_prob)(paths))
+    assert single.dtype == np.float32
+    assert abs(np.exp(single).sum() - 1) < 1e-5
+    np.testing.assert_array_equal(np.isneginf(single), np.isneginf(log_probs))
+
+
+def test_next_step_laws_are_those_of_the_paths(world):
+    """Sums over all that may follow, so that a law of one step is held to the law of whole paths."""
+    paths, log_probs = enumerated(world)
+    V, T = world.vocab_size, paths.shape[1]
+    probs = np.exp(log_probs).reshape((V,) * T)
+    prefixes = [probs.sum(tuple(range(t, T))) for t in range(T + 1)]
+    path = paths[np.argmax(log_probs)]
+    with jax.enable_x64(True):
+        steps = np.exp(np.asarray(world.next_log_probs(path)))
+    for t in range(T):
+        before = tuple(path[:t])
+        np.testing.assert_allclose(steps[t], prefixes[t + 1][before] / prefixes[t][before], atol=1e-9)
+    np.testing.assert_allclose(steps.sum(1), 1, atol=1e-9)
+
+
+def test_path_law_is_that_of_the_matrices(hidden):
+    paths, log_probs = enumerated(hidden)
+    expected = np.array([product_prob(hidden, path) for path in paths])
     np.testing.assert_allclose(np.exp(log_probs), expected, atol=1e-13)
     possible = expected > 1e-9
     np.testing.assert_allclose(log_probs[possible], np.log(expected[possible]), atol=1e-9)
-    assert abs(np.exp(log_probs).sum() - 1) < 1e-9
-    assert abs(np.exp(np.asarray(jax.vmap(world.path_log_prob)(paths))).sum() - 1) < 1e-5
 
 
-def test_path_law_is_a_sum_over_hidden_paths(world):
-    path = samples_of(world)[0, :3]
-    assert np.log(product_prob(world, path)) == pytest.approx(np.log(hidden_path_prob(world, path)), abs=1e-9)
+def test_path_law_is_a_sum_over_hidden_paths(hidden):
+    path = samples_of(hidden)[0, :3]
+    assert np.log(product_prob(hidden, path)) == pytest.approx(np.log(hidden_path_prob(hidden, path)), abs=1e-9)
 
 
-def test_long_paths_stay_finite_and_accurate_in_float32(world):
+def test_long_paths_stay_finite_and_accurate_in_float32(hidden):
     # Worlds that lose more than 1.02 nats a token end where float32 itself is spaced by more than 1e-4.
-    paths = samples_of(world)
-    expected = np.array([exact_log_prob(world, path) for path in paths])
+    paths = samples_of(hidden)
+    expected = np.array([exact_log_prob(hidden, path) for path in paths])
     assert np.isfinite(expected).all(), "an impossible path was sampled"
-    got = np.asarray(jax.vmap(world.path_log_prob)(paths))
+    got = np.asarray(jax.vmap(hidden.path_log_prob)(paths))
     assert got.dtype == np.float32
     assert (np.abs(got - expected) < np.maximum(1e-4, np.spacing(np.abs(got)))).all()
     with jax.enable_x64(True):
-        np.testing.assert_allclose(jax.vmap(world.path_log_prob)(paths), expected, atol=1e-9)
+        np.testing.assert_allclose(jax.vmap(hidden.path_log_prob)(paths), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("world", [case for case in CASES if case not in HIDDEN], indirect=True)
+def test_float32_agrees_with_float64(world):
+    paths = samples_of(world)[:, :32]
+    got = np.asarray(jax.vmap(world.path_log_prob)(paths))
+    assert got.dtype == np.float32
+    with jax.enable_x64(True):
+        expected = np.asarray(jax.vmap(world.path_log_prob)(paths))
+    assert np.isfinite(expected).all(), "an impossible path was sampled"
+    np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
 def test_constant_paths_stay_accurate_in_float32():
@@ -138,36 +206,47 @@ def test_chain_rule(world):
         np.testing.assert_allclose(np.exp(steps).sum(1), 1, atol=1e-9)
 
 
-def test_beliefs(world):
-    path = samples_of(world)[2, :12]
+def test_beliefs(hidden):
+    path = samples_of(hidden)[2, :12]
     with jax.enable_x64(True):
-        beliefs = np.asarray(world.beliefs(path))
-        steps = np.asarray(world.next_log_probs(path))
-    assert beliefs.shape == (13, world.num_states)
-    np.testing.assert_allclose(beliefs @ world.functional, 1, atol=1e-9)
-    np.testing.assert_allclose(beliefs[0], world.initial, atol=1e-12)
-    np.testing.assert_allclose(world.initial @ world.transitions.sum(0), world.initial, atol=1e-9)
+        beliefs = np.asarray(hidden.beliefs(path))
+        steps = np.asarray(hidden.next_log_probs(path))
+    assert beliefs.shape == (13, hidden.num_states)
+    np.testing.assert_allclose(beliefs @ hidden.functional, 1, atol=1e-9)
+    np.testing.assert_allclose(beliefs[0], hidden.initial, atol=1e-12)
+    np.testing.assert_allclose(hidden.initial @ hidden.transitions.sum(0), hidden.initial, atol=1e-9)
     np.testing.assert_allclose(
-        np.exp(steps), np.einsum("ti,vij,j->tv", beliefs, world.transitions, world.functional), atol=1e-12
+        np.exp(steps), np.einsum("ti,vij,j->tv", beliefs, hidden.transitions, hidden.functional), atol=1e-12
     )
 
 
 @pytest.mark.parametrize(
     ("case", "path"),
-    [("golden_mean", [0, 1, 1, 0]), ("rrxor", [0, 0, 0, 1, 1, 1, 1, 1]), ("z1r", [0, 0, 0])],
+    [
+        ("golden_mean", [0, 1, 1, 0]),
+        ("rrxor", [0, 0, 0, 1, 1, 1, 1, 1]),
+        ("z1r", [0, 0, 0]),
+        ("associative_recall small", [0, 2, 1, 2, 0, 3, 1, 2]),  # another value
+        ("associative_recall small", [0, 2, 1, 0, 1, 2]),  # a key where a value is due
+        ("associative_recall small", [0, 2, 3, 2, 1, 2]),  # a value where a key is due
+        ("induction without noise", [0, 1, 2, 0, 2, 1]),
+        ("grammar small", [0, 0, 2, 1, 0, 2]),  # a sentence that begins with b
+    ],
 )
 def test_impossible_paths(case, path):
     world = world_of(case)
-    first = next(t for t in range(1, len(path) + 1) if product_prob(world, path[:t]) < 1e-12)
+    first = next(t for t in range(1, len(path) + 1) if exact_prob(world, path[:t]) < 1e-12)
     path = np.array(path)
     assert float(world.path_log_prob(path)) == -np.inf
     assert float(world.path_log_prob(path, given=len(path) - 1)) == -np.inf
-    beliefs, steps = np.asarray(world.beliefs(path)), np.asarray(world.next_log_probs(path))
-    assert np.isfinite(beliefs[:first]).all()
-    assert np.isnan(beliefs[first:]).all()
+    steps = np.asarray(world.next_log_probs(path))
     assert not np.isnan(steps[:first]).any()
     assert np.isnan(steps[first:]).all()
     assert steps[first - 1, path[first - 1]] == -np.inf
+    if isinstance(world, HiddenMarkov):
+        beliefs = np.asarray(world.beliefs(path))
+        assert np.isfinite(beliefs[:first]).all()
+        assert np.isnan(beliefs[first:]).all()
 
 
 def test_impossible_next_tokens_of_a_generalised_world_are_impossible_in_float32():
@@ -199,20 +278,51 @@ def test_markov_is_its_table():
     assert float(started.path_log_prob(np.array([1, 0, 1]))) == 0
 
 
+@pytest.mark.parametrize(("vocab_size", "noise"), [(2, 0.3), (3, 0.1), (3, 0), (2, 1)])
+def test_induction_is_a_mean_over_all_maps(vocab_size, noise):
+    maps = all_paths(vocab_size, vocab_size)
+    step = (1 - noise) * (maps[:, :, None] == np.arange(vocab_size)) + noise / vocab_size  # [maps, from, to]
+    paths = all_paths(vocab_size, 6 if vocab_size == 2 else 5)
+    given_map = np.prod(step[:, paths[:, :-1], paths[:, 1:]], axis=2)
+    expected = given_map.mean(0) / vocab_size
+    with jax.enable_x64(True):
+        got = np.exp(np.asarray(jax.vmap(worlds.induction(vocab_size, noise).path_log_prob)(paths)))
+    np.testing.assert_allclose(got, expected, atol=1e-14)
+
+
+def test_associative_recall_is_a_mean_over_all_maps():
+    K, W = 2, 3
+    paths = all_paths(K + W, 5)
+    maps = all_paths(W, K)
+    expected = np.zeros(len(paths))
+    for values in maps:
+        prob = np.ones(len(paths))
+        for t in range(5):
+            key = paths[:, t] < K
+            right = paths[:, t] == K + values[np.minimum(paths[:, t - 1], K - 1)]
+            prob *= (key / K) if t % 2 == 0 else (~key & right)
+        expected += prob / len(maps)
+    with jax.enable_x64(True):
+        got = np.exp(np.asarray(jax.vmap(worlds.associative_recall(K, W).path_log_prob)(paths)))
+    np.testing.assert_allclose(got, expected, atol=1e-14)
+    assert worlds.associative_recall(1, 2).symbols == ("k0", "v0", "v1")
+
+
 # Transformations.
 
 
 @each_kind
 def test_batch_is_loop_is_jit(world):
     paths = world.sample(jax.random.key(6), 5, 9)
-    for law in (world.path_log_prob, world.beliefs, world.next_log_probs):
+    for law in laws_of(world):
         batched = np.asarray(jax.vmap(law)(paths))
         np.testing.assert_allclose(batched, np.stack([law(path) for path in paths]), atol=1e-5)
         np.testing.assert_allclose(batched, jax.jit(jax.vmap(law))(paths), atol=1e-5)
 
 
-def test_world_is_an_argument_or_a_constant_under_jit():
-    world, path = world_of("mess3"), jnp.array([0, 2, 1])
+@pytest.mark.parametrize("world", ["mess3", "grammar small"], indirect=True)
+def test_world_is_an_argument_or_a_constant_under_jit(world):
+    path = jnp.array([0, 2, 1])
     as_argument = jax.jit(lambda w, t: w.path_log_prob(t))(world, path)
     assert float(as_argument) == pytest.approx(float(world.path_log_prob(path)))
     assert jax.tree.leaves(world) == []
@@ -225,7 +335,8 @@ def test_world_is_an_argument_or_a_constant_under_jit():
 def test_empty_path(world):
     nothing = np.zeros(0, int)
     assert float(world.path_log_prob(nothing)) == 0
-    assert world.beliefs(nothing).shape == (1, world.num_states)
+    if isinstance(world, HiddenMarkov):
+        assert world.beliefs(nothing).shape == (1, world.num_states)
     assert world.next_log_probs(nothing).shape == (1, world.vocab_size)
     assert world.sample(jax.random.key(0), 2, 0).shape == (2, 0)
 
@@ -239,7 +350,7 @@ def test_sample_frequencies(world):
     assert samples.dtype == jnp.int32
     assert samples.shape == (n, length)
     paths = all_paths(world.vocab_size, length)
-    probs = np.array([product_prob(world, path) for path in paths])
+    probs = np.array([exact_prob(world, path) for path in paths])
     counts = np.bincount(
         np.ravel_multi_index(tuple(np.asarray(samples).T), (world.vocab_size,) * length), minlength=len(paths)
     )
@@ -296,16 +407,16 @@ def test_entropy_rate_of_a_chain_that_does_not_mix():
     assert float(world.entropy_rate()) == pytest.approx(expected, abs=1e-6)
 
 
-def test_ideal_loss_is_that_of_all_paths(world):
-    length = longest(world.vocab_size)
+def test_ideal_loss_is_that_of_all_paths(hidden):
+    length = longest(hidden.vocab_size)
     expected = []
     for t in range(length):
-        joint = np.array([product_prob(world, path) for path in all_paths(world.vocab_size, t + 1)])
-        joint = np.maximum(joint.reshape(-1, world.vocab_size), 0)
+        joint = np.array([product_prob(hidden, path) for path in all_paths(hidden.vocab_size, t + 1)])
+        joint = np.maximum(joint.reshape(-1, hidden.vocab_size), 0)
         expected.append(stats.entropy(joint.ravel()) - stats.entropy(joint.sum(1)))
-    losses = np.asarray(world.ideal_loss(length))
+    losses = np.asarray(hidden.ideal_loss(length))
     np.testing.assert_allclose(losses, expected, atol=2e-6)
-    assert (np.diff(losses) < 1e-5).all()  # the past never hurts in a stationary world
+    assert (np.diff(losses) < 1e-5).all()  # the past never hurts in a stationary hidden
 
 
 def test_merging_beliefs_costs_no_more_than_it_says():
@@ -348,17 +459,23 @@ def test_estimates_agree_with_the_exact_values():
 @each_kind
 def test_token_ids_out_of_range(world):
     for bad in ([0, world.vocab_size], [-1, 0]):
-        for law in (world.path_log_prob, world.beliefs, world.next_log_probs):
+        for law in laws_of(world):
             with pytest.raises(ValueError, match=rf"expected ids 0 to {world.vocab_size - 1}, got"):
                 law(np.array(bad))
         traced = jnp.array(bad)
         first = bad.index(next(v for v in bad if not 0 <= v < world.vocab_size))
         assert np.isnan(jax.jit(world.path_log_prob)(traced))
-        assert np.isnan(jax.jit(world.beliefs)(traced)[first + 1 :]).all()
-        assert np.isfinite(jax.jit(world.beliefs)(traced)[: first + 1]).all()
-        assert np.isnan(jax.jit(world.next_log_probs)(traced)[first + 1 :]).all()
-    # An impossible path does not hide an id that is out of range.
-    assert np.isnan(jax.jit(world_of("golden_mean").path_log_prob)(jnp.array([1, 1, 7])))
+        rows = np.asarray(jax.jit(world.next_log_probs)(traced))
+        assert np.isnan(rows[first + 1 :]).all()
+        assert not np.isnan(rows[: first + 1]).any()
+        if isinstance(world, HiddenMarkov):
+            assert np.isnan(jax.jit(world.beliefs)(traced)[first + 1 :]).all()
+            assert np.isfinite(jax.jit(world.beliefs)(traced)[: first + 1]).all()
+
+
+@pytest.mark.parametrize(("case", "path"), [("golden_mean", [1, 1, 7]), ("associative_recall small", [0, 0, 7])])
+def test_an_impossible_path_does_not_hide_an_id_out_of_range(case, path):
+    assert np.isnan(jax.jit(world_of(case).path_log_prob)(jnp.array(path)))
 
 
 COIN = [[[0.5]], [[0.5]]]
@@ -438,7 +555,11 @@ def test_bad_arguments_are_refused():
 def test_worlds_are_functions_and_remember_how_to_be_rebuilt(world):
     assert callable(getattr(worlds, world.name))
     again = worlds.make(world.name, **json.loads(json.dumps(dict(world.params))))
-    np.testing.assert_array_equal(again.transitions, world.transitions)
+    if isinstance(world, HiddenMarkov):
+        np.testing.assert_array_equal(again.transitions, world.transitions)
+    else:
+        path = samples_of(world)[0, :8]
+        np.testing.assert_array_equal(again.next_log_probs(path), world.next_log_probs(path))
     assert dict(again.params) == dict(world.params)
     vocabulary, everything = text.SymbolVocabulary(world.symbols), np.arange(world.vocab_size)
     np.testing.assert_array_equal(vocabulary.encode(vocabulary.decode(everything)), everything)
@@ -457,7 +578,8 @@ def test_params_hold_every_default():
 
 def test_the_worlds_that_others_compare_with_are_there():
     expected = (
-        "mess3 z1r rrxor golden_mean even_process sns days_of_week leaky_rrxor random_hmm markov fanizza tom_quantum"
+        "mess3 z1r rrxor golden_mean even_process sns days_of_week leaky_rrxor random_hmm markov fanizza tom_quantum "
+        "associative_recall induction grammar"
     )
     assert set(expected.split()) <= set(worlds.names())
 
@@ -473,5 +595,9 @@ def test_make_says_what_is_wrong():
         worlds.make("mess3", x=0.7)
     with pytest.raises(ValueError, match="world 'z1r'"):
         worlds.make("z1r", p="half")
+    with pytest.raises(ValueError, match=r"world 'induction': expected vocab_size >= 2 and 0 <= noise <= 1, got.*1.5"):
+        worlds.make("induction", noise=1.5)
+    with pytest.raises(ValueError, match="world 'associative_recall': expected at least 1 of each, got keys=0"):
+        worlds.make("associative_recall", keys=0)
     with pytest.raises(AttributeError, match="Did you mean 'mess3'"):
         _ = worlds.mess4

@@ -96,8 +96,7 @@ class Subject:
             "vocabulary": f"{model.vocab_size} tokens",
         }
         if self.world is not None:
-            arguments = ", ".join(f"{k}={v}" for k, v in self.world.params.items())
-            facts["data"] = f"the world {self.world.name}({arguments}), whose path law is known exactly"
+            facts["data"] = f"the world {self.world}, whose path law is known exactly"
         elif self.store is not None:
             facts["data"] = f"text, {len(self.store.validation.tokens):,} held-out tokens"
         for what, reason in self.missing.items():

@@ -22,6 +22,7 @@ from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, percentiles, resampled_means
 from jaxwalk.analyses._subject import Subject
 from jaxwalk.transformer import Transformer
+from jaxwalk.worlds import HiddenMarkov
 
 FOLDS = 4
 RIDGES = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -47,7 +48,7 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561, light: b
     world = subject.world
     if world is None:
         raise NotApplicable("the data has no world, so no belief states are known")
-    if not hasattr(world, "beliefs"):
+    if not isinstance(world, HiddenMarkov):
         raise NotApplicable("the world has no belief states: only hidden Markov worlds do")
     models = {"": subject.model}
     if subject.untrained is not None and not light:

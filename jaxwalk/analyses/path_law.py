@@ -139,7 +139,7 @@ def _on_world(
         by_position[name] = np.concatenate([world_mass @ exact[name].kl[:, :m], sampled[name].kl[:, m:].mean(axis=0)])
         numbers = {
             "excess_loss": by_position[name].mean(),
-            "kl_total": world_mass[allowed] @ (log_world - log_model)[allowed],
+            "kl_total": world_mass[allowed] @ (log_world[allowed] - log_model[allowed]),
             "mass_off_support": np.exp(log_model[~allowed]).sum(),
             "total_mass": np.exp(log_model).sum(),
         }
@@ -166,7 +166,7 @@ def _on_world(
     out.verdict = f"The model's law is {out.measured['excess_loss']:.2g} nats per token from the world's" + _against(
         out.null, "nats"
     )
-    if (~allowed).any():
+    if m > 1 and (~allowed).any():  # the first token is given
         out.verdict += f" {out.measured['mass_off_support']:.2g} of its mass lies on paths that the world forbids."
     return out
 

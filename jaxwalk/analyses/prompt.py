@@ -215,7 +215,7 @@ def _world_law(
         rows = jnp.concatenate([jnp.broadcast_to(prompt, (len(after), len(prompt))), after], axis=1)
         log_probs = jax.vmap(functools.partial(world.path_log_prob, given=len(prompt)))(rows)
         entropy = jnp.maximum(jax.scipy.special.entr(jnp.exp(log_probs)).sum(), 0)
-    return law, world.path_log_prob(prompt, given=1), Estimate(entropy, jnp.zeros(()))
+    return law, world.path_log_prob(prompt, given=1), Estimate(entropy, jnp.zeros(()), jnp.array(jnp.inf))
 
 
 @functools.partial(jax.jit, static_argnames="whole")

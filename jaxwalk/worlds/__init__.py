@@ -1,8 +1,9 @@
 """Worlds: data whose path law is known exactly, so that a model can be held against the truth.
 
-One world is one file: `mess3.py` defines the function `mess3`, which returns a `HiddenMarkov`. Files that
-start with an underscore are not worlds. `names()` lists what the folder holds; `make(name, **params)` builds
-a world from data, as a config or a checkpoint stores it; `jaxwalk.worlds.mess3(x=0.05)` does so in code.
+One world is one file: `mess3.py` defines the function `mess3`, which returns a `World`; most are `HiddenMarkov`
+ones, whose observer's beliefs are known too. Files that start with an underscore are not worlds. `names()` lists
+what the folder holds; `make(name, **params)` builds a world from data, as a config or a checkpoint stores it;
+`jaxwalk.worlds.mess3(x=0.05)` does so in code.
 """
 
 import importlib
@@ -11,7 +12,9 @@ import pkgutil
 from typing import Any
 
 from jaxwalk.config import ConfigError, unknown
+from jaxwalk.worlds._grammar import Grammar
 from jaxwalk.worlds._hidden_markov import Bounds, HiddenMarkov, MonteCarlo
+from jaxwalk.worlds._world import World
 
 # Importing a file `mess3.py` binds the name `mess3` of this package to the *module*; binding the function
 # after every file has been imported is what makes `worlds.mess3(...)` a call whatever was imported before.
@@ -22,7 +25,7 @@ _WORLDS = {
 }
 globals().update(_WORLDS)
 
-__all__ = ["Bounds", "HiddenMarkov", "MonteCarlo", "make", "names", *_WORLDS]
+__all__ = ["Bounds", "Grammar", "HiddenMarkov", "MonteCarlo", "World", "make", "names", *_WORLDS]
 
 
 def names() -> tuple[str, ...]:
@@ -30,7 +33,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_WORLDS))
 
 
-def make(name: str, **params: Any) -> HiddenMarkov:
+def make(name: str, **params: Any) -> World:
     """The world called `name`, with the arguments of its function; `make(w.name, **w.params)` rebuilds `w`.
 
     Raises ConfigError for an unknown world or parameter (did you mean, and all there are), for a missing
@@ -55,7 +58,7 @@ def make(name: str, **params: Any) -> HiddenMarkov:
         raise ConfigError(f"world {name!r}: {error}") from error
     if world.name != name or not params.keys() <= world.params.keys():
         raise ConfigError(
-            f"world {name!r}: expected its file to return HiddenMarkov(..., name={name!r}, params={{...}}) with all "
+            f"world {name!r}: expected its file to return a World with name={name!r} and params={{...}}, all "
             f"its parameters, got name={world.name!r}, params={world.params}: a run could not be built again."
         )
     return world

@@ -14,7 +14,6 @@ token, so that float32 stays finite on any length.
 
 import functools
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Int32
 
 from jaxwalk.worlds import _belief_law
+from jaxwalk.worlds._world import World, precise_sum
 
 _CHECKED_PATHS = 1 << 16  # paths enumerated, by default, in the search for a negative probability
 _TOLERANCE = 1e-8  # how far a sum of probabilities may be from 1: rounding, or a typed decimal
@@ -44,23 +44,14 @@ class MonteCarlo(NamedTuple):
     standard_error: Array
 
 
-@jax.tree_util.register_static
-class HiddenMarkov:
-    """A world whose path law is known exactly; its methods are pure functions, written for one path.
+class HiddenMarkov(World):
+    """A world of which an observer's beliefs, the ideal loss and the entropy rate are known too.
 
-    `jax.vmap(world.path_log_prob)(tokens)` for many paths. The object is immutable and compared by identity;
-    to jax it is a constant without leaves, so it may be closed over or passed as an argument under `jit`.
-
-    Attributes: `vocab_size` V, `num_states` N, `symbols` (V strings), `name` and `params` (the world's
-    function and its arguments, where it came from one: `worlds.make(name, **params)` rebuilds it),
-    `transitions` [V,N,N], `initial` [N], `functional` [N] (float64, read-only), `generalised`, and
-    `checked_length`: path probabilities are known to be nonnegative up to this length (None: at any).
+    Attributes beside those of every world: `num_states` N, `transitions` [V,N,N], `initial` [N], `functional` [N]
+    (float64, read-only), `generalised`, and `checked_length`: path probabilities are known to be nonnegative up to
+    this length (None: at any).
     """
 
-    name: str | None
-    params: Mapping[str, Any]
-    symbols: tuple[str, ...]
-    vocab_size: int
     num_states: int
     transitions: np.ndarray
     initial: np.ndarray
@@ -96,7 +87,8 @@ class HiddenMarkov:
                 f"transitions: expected shape [vocab_size, states, states], got {list(matrices.shape)}. "
                 "Stack one square matrix per token."
             )
-        self.vocab_size, self.num_states = matrices.shape[:2]
+        super().__init__(matrices.shape[0], symbols, name, params)
+        self.num_states = matrices.shape[1]
         self.generalised = functional is not None
         self.transitions = matrices
         self.functional = np.ones(self.num_states)
@@ -106,20 +98,11 @@ class HiddenMarkov:
         self.initial = self._stationary() if initial is None else _numbers("initial", initial, self.num_states)
         self._check_initial()
         self.checked_length = self._check_paths(check_length)
-        self.symbols = tuple(str(v) for v in range(self.vocab_size)) if symbols is None else tuple(symbols)
-        if len(set(self.symbols)) != self.vocab_size or len(self.symbols) != self.vocab_size:
-            raise ValueError(
-                f"symbols: expected {self.vocab_size} different ones, got {list(self.symbols)}. Name every token once."
-            )
-        self.name = name
-        self.params = MappingProxyType(dict(params or {}))
         for array in (self.transitions, self.initial, self.functional):
             array.setflags(write=False)
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{k}={v!r}" for k, v in self.params.items())
-        made = f"{self.name}({arguments})" if self.name else "HiddenMarkov"
-        return f"<{made}: {self.vocab_size} tokens, {self.num_states} states>"
+        return f"<{self}: {self.vocab_size} tokens, {self.num_states} states>"
 
     # What matrices must satisfy.
 
@@ -213,8 +196,7 @@ class HiddenMarkov:
         ids out of range and for `given` outside 0..T; traced token ids out of range give NaN.
         """
         tokens = self._tokens(tokens)
-        if not 0 <= given <= len(tokens):
-            raise ValueError(f"given: expected 0 to {len(tokens)}, the number of tokens, got {given}. Pass fewer.")
+        self._check_given(tokens, given)
         return _path_log_prob(self._law, tokens, given)
 
     def beliefs(self, tokens: Int[ArrayLike, " T"]) -> Float[Array, "T+1 N"]:
@@ -232,15 +214,8 @@ class HiddenMarkov:
         """
         return _next_log_probs(self._law, self._tokens(tokens))
 
-    def sample(self, key: Array, n: int, length: int) -> Int32[Array, "n length"]:
-        """`n` independent paths of `length` tokens, exact up to the resolution of a uniform float (2^-23 in float32).
-
-        `key` may be traced, `n` and `length` may not: this can be part of a jitted training step. Ordinary
-        models walk their hidden states, generalised ones (whose states are not sampled) their beliefs.
-        """
-        for what, value in {"n": n, "length": length}.items():
-            if value < 0:
-                raise ValueError(f"{what}: expected at least 0, got {value}. Pass the number of what to sample.")
+    def _sample(self, key: Array, n: int, length: int) -> Int32[Array, "n length"]:
+        # The states of a generalised model are not sampled: it walks its beliefs.
         if self.generalised:
             return _sample_beliefs(self._law, key, n, length)
         return _sample_states(self._outcomes, key, n, length)
@@ -353,28 +328,6 @@ class HiddenMarkov:
         cumulative[cumulative >= cumulative[:, -1:]] = 1.0
         return _Outcomes(cumulative, order // self.num_states, order % self.num_states, np.cumsum(self.initial))
 
-    def _tokens(self, tokens: ArrayLike) -> Array:
-        if isinstance(tokens, jax.core.Tracer):
-            shape, kind = tokens.shape, tokens.dtype
-        else:
-            tokens = np.asarray(tokens)
-            tokens = tokens.astype(np.int32) if tokens.size == 0 else tokens
-            shape, kind = tokens.shape, tokens.dtype
-        if len(shape) != 1:
-            raise ValueError(
-                f"tokens: expected one path of shape [T], got shape {list(shape)}. Use jax.vmap for a batch of paths."
-            )
-        if not jnp.issubdtype(kind, jnp.integer):
-            raise ValueError(f"tokens: expected integer token ids, got {kind}. Convert them with .astype(int).")
-        if isinstance(tokens, np.ndarray):
-            wrong = np.unique(tokens[(tokens < 0) | (tokens >= self.vocab_size)])
-            if len(wrong):
-                raise ValueError(
-                    f"tokens: expected ids 0 to {self.vocab_size - 1}, got {', '.join(map(str, wrong[:5]))}"
-                    f"{', ...' if len(wrong) > 5 else ''}. Encode the path with this world's symbols."
-                )
-        return jnp.asarray(tokens, jnp.int32)
-
 
 def _numbers(what: str, value: Any, size: int | None = None) -> np.ndarray:
     """`value` as a float64 array of finite numbers, of shape [size] where a size is given."""
@@ -440,19 +393,6 @@ def _in_default_float(law: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, float), law)
 
 
-def _precise_sum(x: Array) -> Array:
-    """The sum of x [T], compensated (Neumaier): float32 would lose 1e-4 on a thousand log-probabilities."""
-
-    def add(carry: tuple[Array, Array], x: Array) -> tuple[tuple[Array, Array], None]:
-        total, lost = carry
-        new = total + x
-        lost += jnp.where(jnp.abs(total) >= jnp.abs(x), (total - new) + x, (x - new) + total)
-        return (new, lost), None
-
-    (total, lost), _ = jax.lax.scan(add, (jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)), x)
-    return total + lost
-
-
 @jax.jit
 def _path_log_prob(law: _Law, tokens: Array, given: Array) -> Array:
     _, log_prob, lost = _filter(_in_default_float(law), tokens)
@@ -460,7 +400,7 @@ def _path_log_prob(law: _Law, tokens: Array, given: Array) -> Array:
     if log_prob.dtype == jnp.float64:
         lost = jnp.zeros_like(lost)  # nothing was rounded
     terms = jnp.concatenate([jnp.where(scored, log_prob, 0), jnp.where(scored, lost, 0)])
-    total = jnp.where(jnp.isneginf(log_prob).any(), -jnp.inf, _precise_sum(terms))
+    total = jnp.where(jnp.isneginf(log_prob).any(), -jnp.inf, precise_sum(terms))
     return jnp.where(jnp.isnan(log_prob).any(), jnp.nan, total)
 
 
