@@ -33,6 +33,7 @@ _ROOMS = {
     "jaxwalk.paths": (
         "Paths",
         "Estimate",
+        "Tilt",
         "next_log_probs",
         "path_log_prob",
         "sample_paths",
@@ -94,6 +95,7 @@ _SUBMODULES = (
     "paths",
     "report",
     "sensitivity",
+    "sweep",
     "text",
     "training",
     "transformer",

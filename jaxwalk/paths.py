@@ -3,6 +3,7 @@
 Everything takes one path and is batched with `jax.vmap`. All logarithms are natural: probabilities in nats.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -51,10 +52,30 @@ class Paths(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error, which is 0 where the number is exact."""
+    """A number, its standard error, and how many samples it is worth; exact numbers have error 0 and inf samples.
+
+    effective_samples: (sum of weights)^2 / sum of their squares, fewer than were drawn where these are of another law.
+    """
 
     value: Float[Array, ""]
     standard_error: Float[Array, ""]
+    effective_samples: Float[Array, ""]
+
+
+Proposal = Callable[[Float[Array, " V"]], Float[Array, " V"]]
+"""What makes the logits that are sampled from of the model's own. It must not exclude what the model may do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tilt:
+    """A proposal that walks towards some tokens: `nats` are added to the logits of `ids`, so that visits are common."""
+
+    ids: tuple[int, ...]
+    nats: float
+
+    def __call__(self, logits: Float[Array, " V"]) -> Float[Array, " V"]:
+        """The tilted logits."""
+        return logits.at[jnp.array(self.ids)].add(self.nats)
 
 
 def next_log_probs(model: Transformer, tokens: Tokens, segments: Segments | None = None) -> Float[Array, "T V"]:
@@ -170,11 +191,11 @@ def sample_paths(
         raise ValueError(f"top_p: expected a probability above 0, got {top_p}.")
     if n < 1:
         raise ValueError(f"n: expected at least 1 path, got {n}.")
-    return _sample(model, prompt, key, temperature, top_p, steps=steps, n=n, top_k=top_k)
+    return _sample(model, prompt, key, temperature, top_p, steps=steps, n=n, top_k=top_k)[0]
 
 
 # What is traced is compiled once for a model's structure and these choices, wherever it is called from.
-@functools.partial(jax.jit, static_argnames=("steps", "n", "top_k"))
+@functools.partial(jax.jit, static_argnames=("steps", "n", "top_k", "proposal"))
 def _sample(
     model: Transformer,
     prompt: Array,
@@ -185,28 +206,31 @@ def _sample(
     steps: int,
     n: int,
     top_k: int | None,
-) -> Paths:
+    proposal: Proposal | None = None,
+) -> tuple[Paths, Float[Array, " n"]]:
+    """Sampled paths, and their log-probabilities under the law that they were sampled from."""
     state, logits = prefill(model, prompt, len(prompt) + steps - 1)
     law = functools.partial(altered_law, temperature=temperature, top_k=top_k, top_p=top_p)
 
-    def draw(logits: Array, key: Key) -> tuple[Array, Array]:
-        token = jax.random.categorical(key, law(logits))
-        return token, jax.nn.log_softmax(logits)[token]
+    def draw(logits: Array, key: Key) -> tuple[Array, Array, Array]:
+        sampled = law(logits if proposal is None else proposal(logits))
+        token = jax.random.categorical(key, sampled)
+        return token, jax.nn.log_softmax(logits)[token], jax.nn.log_softmax(sampled)[token]
 
-    def one(key: Key) -> tuple[Array, Array]:
-        def body(carry: tuple[State, Array], key: Key) -> tuple[tuple[State, Array], tuple[Array, Array]]:
+    def one(key: Key) -> tuple[Array, Array, Array]:
+        def body(carry: tuple[State, Array], key: Key) -> tuple[tuple[State, Array], tuple[Array, Array, Array]]:
             state, logits = carry
             drawn = draw(logits, key)
             return step(model, state, drawn[0]), drawn
 
         keys = jax.random.split(key, steps)
-        (_, final), (tokens, log_probs) = lax.scan(body, (state, logits), keys[:-1])
-        token, log_prob = draw(final, keys[-1])  # the last token is drawn, but not walked
-        return jnp.append(tokens, token), log_probs.sum() + log_prob
+        (_, final), (tokens, log_probs, log_sampled) = lax.scan(body, (state, logits), keys[:-1])
+        token, log_prob, last_sampled = draw(final, keys[-1])  # the last token is drawn, but not walked
+        return jnp.append(tokens, token), log_probs.sum() + log_prob, log_sampled.sum() + last_sampled
 
-    tokens, log_probs = jax.vmap(one)(jax.random.split(key, n))
+    tokens, log_probs, log_sampled = jax.vmap(one)(jax.random.split(key, n))
     mass = jnp.where(_first_occurrence(tokens), jnp.exp(log_probs), 0).sum()
-    return Paths(tokens, log_probs, 1 - mass, jnp.full((), jnp.nan))
+    return Paths(tokens, log_probs, 1 - mass, jnp.full((), jnp.nan)), log_sampled
 
 
 def altered_law(
@@ -284,8 +308,8 @@ def top_paths(
     of a prefix by one token are kept, the most probable ones. capacity: how many prefixes are kept for later. What is
     not kept counts in `bound`: the answer is exact in any case as far as the certificate says. States of expanded
     prefixes are kept for their continuations if all fit into `STATES` bytes, else retraced from the prompt's. Slots
-    that no path fills have log-probability -inf and tokens -1. Raises ValueError for an empty prompt, one that leaves no
-    room for `steps` tokens, and sizes below 1.
+    that no path fills have log-probability -inf and tokens -1. Raises ValueError for an empty prompt, one that leaves
+    no room for `steps` tokens, and sizes below 1.
     """
     prompt = _check_prompt(model, prompt, steps)
     if k < 1:
@@ -440,20 +464,27 @@ def _score(model: Transformer, prompt: Array, after: Array, *, batch: int) -> Ar
 
 
 def path_entropy(
-    model: Transformer, prompt: Tokens, steps: int, *, key: Key | None = None, samples: int = 1024
+    model: Transformer,
+    prompt: Tokens,
+    steps: int,
+    *,
+    key: Key | None = None,
+    samples: int = 1024,
+    proposal: Proposal | None = None,
 ) -> Estimate:
     """Entropy, in nats, of the law of the next `steps` tokens after `prompt` [P]; its exp is the effective path count.
 
     Exact, by enumeration, when V^steps <= `ENUMERABLE`; else a Monte Carlo estimate with its standard error over
     `samples` paths, which needs a `key`: the mean over sampled paths of the summed entropies of their steps, whose
-    expectation is the entropy by the chain rule and which varies less than -log P.
+    expectation is the entropy by the chain rule and which varies less than -log P. proposal: as in `event_probability`.
     """
     prompt = _check_prompt(model, prompt, steps)
     if _enumerable(model, steps):
         log_probs = enumerated_log_probs(model, prompt, steps)[1]
-        return Estimate(-jnp.sum(jnp.exp(log_probs) * log_probs), jnp.zeros((), log_probs.dtype))
-    sampled = sample_paths(model, prompt, _needed(key, model, steps), steps, samples).tokens
-    return _mean(_summed_entropies(model, prompt, sampled))
+        return _exact(-jnp.sum(jnp.exp(log_probs) * log_probs))
+    sampled, weights = _weighted(model, prompt, key, steps, samples, proposal)
+    values = weights * _summed_entropies(model, prompt, sampled)
+    return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(samples), _effective(weights))
 
 
 @jax.jit
@@ -473,38 +504,57 @@ def event_probability(
     *,
     key: Key | None = None,
     samples: int = 1024,
+    proposal: Proposal | None = None,
 ) -> Estimate:
     """Probability that the next `steps` tokens after `prompt` [P] are such that `event(tokens [steps])` is true.
 
     `event` is traced, as in `visits(ids)`. Exact, by enumeration, when V^steps <= `ENUMERABLE`; else the share of
-    `samples` sampled paths, which need a `key`, with its standard error (for a share of 0 or 1, where the usual
-    error would be 0, that of one more path on the other side).
+    `samples` sampled paths, which need a `key`, with its standard error (where no path or every path is one, and the
+    usual error would be 0, that of one more on the other side).
+
+    proposal: for rare events, samples another law, such as `Tilt(ids, nats)`, and weighs each path by what it is
+    likelier under the model (importance sampling). Look at `effective_samples`: a proposal that seldom goes where the
+    model does has few.
     """
     prompt = _check_prompt(model, prompt, steps)
     if _enumerable(model, steps):
         after, log_probs = enumerated_log_probs(model, prompt, steps)
-        mass = jnp.where(jax.vmap(event)(after), jnp.exp(log_probs), 0).sum()
-        return Estimate(mass, jnp.zeros((), log_probs.dtype))
-    sampled = sample_paths(model, prompt, _needed(key, model, steps), steps, samples).tokens
-    share = jnp.mean(jax.vmap(event)(sampled), dtype=jnp.result_type(float))
-    smoothed = jnp.clip(share, 1 / (samples + 1), samples / (samples + 1))
-    return Estimate(share, jnp.sqrt(smoothed * (1 - smoothed) / samples))
+        return _exact(jnp.where(jax.vmap(event)(after), jnp.exp(log_probs), 0).sum())
+    sampled, weights = _weighted(model, prompt, key, steps, samples, proposal)
+    happened = jax.vmap(event)(sampled)
+    value = jnp.where(happened, weights, 0).mean()
+    if proposal is None:
+        smoothed = jnp.clip(value, 1 / (samples + 1), samples / (samples + 1))
+        return Estimate(value, jnp.sqrt(smoothed * (1 - smoothed) / samples), _effective(weights))
+    one_more = jnp.where(happened.any(), 0, weights.max() ** 2)
+    squares = jnp.sum((jnp.where(happened, weights, 0) - value) ** 2) + one_more
+    return Estimate(value, jnp.sqrt(squares) / samples, _effective(weights))
+
+
+def _weighted(
+    model: Transformer, prompt: Array, key: Key | None, steps: int, samples: int, proposal: Proposal | None
+) -> tuple[Int[Array, "n steps"], Float[Array, " n"]]:
+    """Sampled paths and their weights, P / Q."""
+    if key is None:
+        raise ValueError(
+            f"key: expected a jax.random key, got None. {model.vocab_size}^{steps} paths are too many to enumerate, "
+            "so this is estimated from samples."
+        )
+    if samples < 2:
+        raise ValueError(f"samples: expected at least 2, got {samples}.")
+    paths, log_sampled = _sample(model, prompt, key, None, None, steps=steps, n=samples, top_k=None, proposal=proposal)
+    return paths.tokens, jnp.exp(paths.log_probs - log_sampled)
+
+
+def _effective(weights: Float[Array, " n"]) -> Float[Array, ""]:
+    return weights.sum() ** 2 / (weights**2).sum()
+
+
+def _exact(value: Float[Array, ""]) -> Estimate:
+    return Estimate(value, jnp.zeros_like(value), jnp.full_like(value, jnp.inf))
 
 
 def visits(ids: Sequence[int] | int) -> Callable[[Int[Array, " steps"]], Bool[Array, ""]]:
     """The event that a walk visits one of the token `ids`."""
     wanted = jnp.atleast_1d(jnp.asarray(ids))
     return lambda tokens: jnp.isin(tokens, wanted).any()
-
-
-def _needed(key: Key | None, model: Transformer, steps: int) -> Key:
-    if key is None:
-        raise ValueError(
-            f"key: expected a jax.random key, got None. {model.vocab_size}^{steps} paths are too many to enumerate, "
-            "so this is estimated from samples."
-        )
-    return key
-
-
-def _mean(values: Float[Array, " n"]) -> Estimate:
-    return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(len(values)))

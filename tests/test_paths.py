@@ -238,12 +238,12 @@ def test_continuations():
 
 def test_entropy_and_events_are_exact_when_enumerable():
     rows, log_probs = exact(3)
-    entropy, error = jax.jit(lambda m: jw.path_entropy(m, PROMPT, 3))(model())
+    entropy, error, worth = jax.jit(lambda m: jw.path_entropy(m, PROMPT, 3))(model())
     np.testing.assert_allclose(entropy, -(np.exp(log_probs) * log_probs).sum(), rtol=1e-5)
-    assert error == 0
-    share, error = jax.jit(lambda m: jw.event_probability(m, PROMPT, 3, jw.visits(2)))(model())
+    assert (error, worth) == (0, np.inf)
+    share, error, worth = jax.jit(lambda m: jw.event_probability(m, PROMPT, 3, jw.visits(2)))(model())
     np.testing.assert_allclose(share, np.exp(log_probs[(rows == 2).any(1)]).sum(), rtol=1e-5)
-    assert error == 0
+    assert (error, worth) == (0, np.inf)
 
 
 def test_entropy_and_events_are_estimated_with_their_error(monkeypatch):
@@ -258,20 +258,68 @@ def test_entropy_and_events_are_estimated_with_their_error(monkeypatch):
         entropy = jw.path_entropy(m, PROMPT, 3, key=key, samples=100)
         return entropy, jw.event_probability(m, PROMPT, 3, jw.visits(2), key=key, samples=100)
 
-    for (value, error), exactly in zip(estimates(model(), keys), truth, strict=True):
+    for (value, error, worth), exactly in zip(estimates(model(), keys), truth, strict=True):
+        np.testing.assert_allclose(worth, 100, rtol=1e-5)
         z = np.array((value - exactly) / error)
         assert np.abs(z).max() < 4
         assert 0.6 < z.std() < 1.5  # the standard error is neither too small nor too large
         assert abs(z.mean()) < 4 / np.sqrt(len(keys))
-    always, error = jw.event_probability(model(), PROMPT, 1, lambda t: t[0] >= 0, key=keys[0], samples=99)
+    always, error, _ = jw.event_probability(model(), PROMPT, 1, lambda t: t[0] >= 0, key=keys[0], samples=99)
     assert always == 1
     np.testing.assert_allclose(error, np.sqrt(0.01 * 0.99 / 99), rtol=1e-5)
     with pytest.raises(ValueError, match=r"key: expected a jax.random key, got None. 3\^3 paths are too many"):
         jw.path_entropy(model(), PROMPT, 3)
+    with pytest.raises(ValueError, match="samples: expected at least 2, got 1"):
+        jw.path_entropy(model(), PROMPT, 3, key=keys[0], samples=1)
     with pytest.raises(ValueError, match="key: expected"):
         jw.event_probability(model(), PROMPT, 3, jw.visits(1))
     with pytest.raises(ValueError, match=r"steps: expected V\^steps <= 1, got 3\^3"):
         enumerated_log_probs(model(), PROMPT, 3)
+
+
+@pytest.mark.parametrize("proposal", [None, jw.Tilt((2,), 1.5)], ids=["own law", "tilted"])
+def test_estimates_are_within_three_standard_errors_of_enumeration(proposal, monkeypatch):
+    """In 200 random cases, of random models, prompts and events, rare and frequent ones."""
+    rng = np.random.default_rng(0)
+    models = jax.tree.map(lambda *a: jnp.stack(a), *(model(seed) for seed in range(10)))
+    prompts, ids, least = rng.integers(0, V, (10, 20, 2)), rng.integers(0, V, (10, 20)), rng.integers(1, 4, (10, 20))
+    keys = jax.random.split(jax.random.key(0), (10, 20))
+
+    def each(**options):
+        def one(m, prompt, wanted, least, key):
+            event = lambda tokens: (tokens == wanted).sum() >= least
+            return jw.event_probability(m, prompt, 3, event, **options, **({"key": key} if options else {}))
+
+        over_cases = jax.vmap(one, in_axes=(None, 0, 0, 0, 0))
+        return jax.jit(jax.vmap(over_cases))(models, prompts, ids, least, keys)
+
+    exactly = each().value
+    monkeypatch.setattr(paths_module, "ENUMERABLE", 1)
+    value, error, worth = each(samples=256, proposal=proposal)
+    assert (np.abs(value - exactly) <= 3 * error).mean() >= 0.95
+    assert (worth <= 256 * (1 + 1e-5)).all()
+    assert error.max() < 0.2
+    assert np.abs(value - exactly).max() > 0  # these are estimates
+
+
+def test_a_tilted_law_sees_rare_events(monkeypatch):
+    m = model(3)
+    rare = lambda tokens: (tokens == 2).all()
+    truth = float(jw.event_probability(m, PROMPT, 4, rare).value)
+    monkeypatch.setattr(paths_module, "ENUMERABLE", 1)
+    keys = jax.random.split(jax.random.key(0), 20)
+    run = lambda proposal: jax.vmap(
+        lambda k: jw.event_probability(m, PROMPT, 4, rare, key=k, samples=200, proposal=proposal)
+    )(keys)
+    plain, tilted = run(None), run(jw.Tilt((2,), 4.0))
+    assert np.abs((tilted.value - truth) / tilted.standard_error).max() < 4
+    assert tilted.value.std() < 0.5 * plain.value.std()
+    assert (tilted.effective_samples < 199).all()
+    entropy = lambda k: jw.path_entropy(m, PROMPT, 4, key=k, samples=400, proposal=jw.Tilt((2,), 0.5))
+    estimates = jax.vmap(entropy)(keys)
+    monkeypatch.undo()
+    z = (estimates.value - jw.path_entropy(m, PROMPT, 4).value) / estimates.standard_error
+    assert np.abs(z).max() < 4
 
 
 def test_prompts_are_batched_with_vmap():
