@@ -38,6 +38,7 @@ _ROOMS = {
         "path_log_prob",
         "sample_paths",
         "top_paths",
+        "prefix_tree",
         "path_entropy",
         "event_probability",
         "visits",
@@ -72,6 +73,7 @@ _ROOMS = {
         "step_divergences",
     ),
     "jaxwalk.interventions": ("patch_effects", "nudge_effects", "mixing_effects"),
+    "jaxwalk.walk_store": ("WalkStore", "write_walks", "read_walks"),
     "jaxwalk.attribution": (
         "Attribution",
         "held_attribution",
@@ -99,6 +101,7 @@ _SUBMODULES = (
     "text",
     "training",
     "transformer",
+    "walk_store",
     "worlds",
 )
 _OWNER = {name: room for room, names in _ROOMS.items() for name in names}

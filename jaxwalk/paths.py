@@ -429,6 +429,40 @@ def _search(
     return Paths(search.done_tokens, search.done_log_probs, 1 - jnp.exp(search.done_log_probs).sum(), bound)
 
 
+class PrefixTree(NamedTuple):
+    """The distinct prefixes of some paths, each after the one it continues; the first is the empty one.
+
+    parent: [N], the prefix without its last token (-1 of the empty one). token: [N], the last token (-1). depth: [N],
+    how many tokens. mass: [N], the summed probability of the paths that begin so.
+    """
+
+    parent: Int[np.ndarray, " N"]
+    token: Int[np.ndarray, " N"]
+    depth: Int[np.ndarray, " N"]
+    mass: Float[np.ndarray, " N"]
+
+
+def prefix_tree(paths: Paths) -> PrefixTree:
+    """The tree of the distinct paths in `paths`, as data; slots that no path fills are left out."""
+    there = np.isfinite(np.asarray(paths.log_probs))
+    rows, index = np.unique(np.asarray(paths.tokens)[there], axis=0, return_index=True)
+    probs = np.exp(np.asarray(paths.log_probs, np.float64)[there][index])
+    parent, token, depth, mass = [-1], [-1], [0], [float(probs.sum())]
+    above = np.zeros(len(rows), int)  # of each path, the number of its prefix so far
+    for column in range(rows.shape[1]):
+        # Rows are in lexicographic order: the rows of one prefix stand together.
+        new = np.any(rows[1:, : column + 1] != rows[:-1, : column + 1], axis=1)
+        group = np.concatenate([[0], np.cumsum(new)]) if len(rows) else above
+        first = np.unique(group, return_index=True)[1]
+        start = len(parent)
+        parent += above[first].tolist()
+        token += rows[first, column].tolist()
+        depth += [column + 1] * len(first)
+        mass += np.bincount(group, probs).tolist()
+        above = start + group
+    return PrefixTree(np.array(parent), np.array(token), np.array(depth), np.array(mass))
+
+
 def continuations(vocab_size: int, steps: int) -> Int[np.ndarray, "N steps"]:
     """All V^steps token sequences, in lexicographic order."""
     return np.array(list(itertools.product(range(vocab_size), repeat=steps)), np.int32).reshape(-1, steps)

@@ -11,7 +11,7 @@ from scipy import stats
 
 import jaxwalk as jw
 from jaxwalk import paths as paths_module
-from jaxwalk.paths import altered_law, continuations, enumerated_log_probs, step_log_probs
+from jaxwalk.paths import Paths, altered_law, continuations, enumerated_log_probs, step_log_probs
 from tests.conftest import float64, model_of, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
@@ -226,6 +226,27 @@ def test_the_certificate_holds_when_the_search_is_cut_short(budget, width, capac
     assert (np.diff(given[np.isfinite(given)]) <= 0).all()
     assert len(returned) == len(set(returned))
     assert bound <= 0
+
+
+def test_the_prefix_tree_of_paths():
+    tokens = jnp.array([[1, 0, 2], [1, 0, 0], [0, 2, 2], [1, 0, 2], [-1, -1, -1]])
+    log_probs = jnp.log(jnp.array([0.3, 0.2, 0.1, 0.3, 0.0]))  # the fourth repeats the first; the last is no path
+    tree = jw.prefix_tree(Paths(tokens, log_probs, jnp.array(0.4), jnp.array(-1.0)))
+    names = [()]
+    for parent, token in zip(tree.parent[1:], tree.token[1:], strict=True):
+        names.append((*names[parent], int(token)))
+    masses = dict(zip(names, tree.mass, strict=True))
+    expected = {(): 0.6, (0,): 0.1, (1,): 0.5, (0, 2): 0.1, (1, 0): 0.5, (0, 2, 2): 0.1, (1, 0, 0): 0.2, (1, 0, 2): 0.3}
+    assert masses.keys() == expected.keys()
+    np.testing.assert_allclose([masses[n] for n in expected], list(expected.values()), rtol=1e-6)
+    np.testing.assert_array_equal(tree.depth, [len(n) for n in names])
+    nothing = jw.prefix_tree(Paths(tokens[4:], log_probs[4:], jnp.array(1.0), jnp.array(0.0)))
+    assert [list(a) for a in nothing] == [[-1], [-1], [0], [0.0]]
+    # Of all continuations, a node's mass is its probability.
+    rows, log_probs = exact(3)
+    whole = jw.prefix_tree(Paths(jnp.asarray(rows), jnp.asarray(log_probs), jnp.array(0.0), jnp.array(0.0)))
+    first = np.exp(jw.next_log_probs(model(), PROMPT)[-1])
+    np.testing.assert_allclose(whole.mass[whole.depth == 1], first, rtol=1e-4)
 
 
 def test_continuations():

@@ -27,9 +27,11 @@ LEVELS = {
     "sensitivity": 5,
     "decomposition": 5,
     "lenses": 5,
+    "walk_store": 4,
     "interventions": 5,
     "attribution": 6,
     "training": 5,
+    "sweep": 6,
     "analyses": 7,
     "report": 8,
 }

@@ -25,6 +25,7 @@ from jaxwalk.paths import (
     next_log_probs,
     path_entropy,
     path_log_prob,
+    prefix_tree,
     sample_paths,
     top_paths,
 )
@@ -109,6 +110,7 @@ def analyse(
         measured["top_paths_mass"] = float(np.exp(returned).sum())
         null["top_paths_mass.uniform"] = len(top) / float(V) ** steps
 
+    tree = prefix_tree(best)
     sensitivity, whole = _sensitivity(model, prompt)
     order = np.argsort(-after["model"], kind="stable")[:shown]
     arrays: dict[str, np.ndarray] = {
@@ -120,6 +122,10 @@ def analyse(
         "top_tokens": top,
         "top_text": np.array([_text(subject, row) for row in top], str),
         "top_log_probs": returned,
+        "tree_parent": tree.parent,
+        "tree_token": tree.token,
+        "tree_text": np.array(["", *(subject.symbol(token) for token in tree.token[1:].tolist())]),
+        "tree_mass": tree.mass,
         "sampled_tokens": np.asarray(sampled.tokens),
         "sampled_text": np.array([_text(subject, row) for row in np.asarray(sampled.tokens)]),
         "sampled_log_probs": np.asarray(sampled.log_probs, np.float64),
@@ -168,6 +174,7 @@ def analyse(
         f"{float(best.bound):.4g}); the mass of other paths is {float(best.unexplored_mass):.4g}"
         if len(top)
         else f"none: the law is so flat that the search found no whole path before it had expanded {budget} prefixes",
+        "tree": "arrays tree_*: the prefixes of the most probable paths, each with the mass of those that begin so",
         "sampled_paths": f"{samples} exact samples of the model's law, no temperature",
         "sensitivity": "Frobenius norm of d context / d token vector, row: context, column: token; local, and no share "
         "of anything" + ("" if whole else "; last context vector only, as the prompt is long"),
