@@ -130,19 +130,21 @@ def _on_world(
         "enumerated": f"all {V}^{m} paths of {m} tokens, the first drawn from the world and given to both",
         "excess_loss": f"mean over {T} positions of E KL(world || model): exact up to position {m}, "
         "after that a mean over held-out paths",
-        "kl_total": "over the enumerated paths, in nats per path",
+        "kl_total": "over the enumerated paths, in nats per path"
+        if m > 1
+        else "not measured: only the first token is enumerated, which is given to both",
     })  # fmt: skip
     allowed = world_mass > 0
     by_position = {}
     for name in laws:
         log_model = first + exact[name].log_prob[:, : m - 1].sum(axis=1)
         by_position[name] = np.concatenate([world_mass @ exact[name].kl[:, :m], sampled[name].kl[:, m:].mean(axis=0)])
-        numbers = {
-            "excess_loss": by_position[name].mean(),
+        numbers = {"excess_loss": by_position[name].mean()}
+        numbers |= {} if m == 1 else {
             "kl_total": world_mass[allowed] @ (log_world[allowed] - log_model[allowed]),
             "mass_off_support": np.exp(log_model[~allowed]).sum(),
             "total_mass": np.exp(log_model).sum(),
-        }
+        }  # fmt: skip
         for key, value in numbers.items():
             if name == "model":
                 out.measured[key] = float(value)
@@ -151,7 +153,8 @@ def _on_world(
     out.null["uniform"] = float(np.log(V) - np.concatenate([
         world_mass @ exact["model"].world_entropy[:, :m], sampled["model"].world_entropy[:, m:].mean(axis=0)
     ]).mean())  # fmt: skip
-    out.null["mass_off_support.world"], out.null["total_mass.exact"] = 0.0, 1.0
+    if m > 1:
+        out.null["mass_off_support.world"], out.null["total_mass.exact"] = 0.0, 1.0
 
     low, high = by_position["model"].copy(), by_position["model"].copy()
     if m < T:
