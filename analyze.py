@@ -5,6 +5,7 @@ Every finding is printed beside its null or exact reference, and written to the 
 """
 
 import argparse
+import json
 import sys
 import traceback
 from pathlib import Path
@@ -21,6 +22,9 @@ def main() -> int:
     parser.add_argument(
         "--scalars", metavar="A.X,B.Y", help="the numbers that training_walk follows, as analysis.number"
     )
+    parser.add_argument(
+        "--set", metavar="A.OPTION=VALUE", action="append", default=[], help="an option of an analysis; may be repeated"
+    )
     parser.add_argument("--prompt", help="a path to look at, in symbols of the run's vocabulary")
     parser.add_argument("--out", type=Path, help="where to write; by default RUN/analysis (RUN/analysis/STEP for all)")
     arguments = parser.parse_args()
@@ -31,7 +35,16 @@ def main() -> int:
     from jaxwalk.checkpoint import CheckpointError, Run
     from jaxwalk.config import ConfigError
 
-    scalars = tuple(name.strip() for name in arguments.scalars.split(",")) if arguments.scalars else None
+    options: dict[str, dict[str, object]] = {}
+    if arguments.scalars:
+        scalars = tuple(name.strip() for name in arguments.scalars.split(","))
+        options["training_walk"] = {"scalars": scalars}
+    for setting in arguments.set:
+        where, equals, value = setting.partition("=")
+        name, dot, option = where.strip().partition(".")
+        if not equals or not dot:
+            parser.error(f"--set: expected ANALYSIS.OPTION=VALUE, got {setting!r}")
+        options.setdefault(name, {})[option] = parsed(value)
     out = arguments.out or arguments.run / "analysis"
     whole = True
     try:
@@ -41,7 +54,7 @@ def main() -> int:
             asked = [(int(arguments.step) if arguments.step.isdigit() else arguments.step, out)]
         for step, folder in asked:
             try:
-                whole &= analyse(arguments.run, step, only, arguments.prompt, scalars, folder)
+                whole &= analyse(arguments.run, step, only, arguments.prompt, options, folder)
             except CheckpointError as error:  # of all steps, one that is damaged costs itself
                 if arguments.step != "all":
                     raise
@@ -53,8 +66,22 @@ def main() -> int:
     return 0 if whole else 1
 
 
+def parsed(value: str) -> object:
+    """A value as JSON, where it is any, else as text: 64, true, null, [1, 2], words.json."""
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    return tuple(found) if isinstance(found, list) else found
+
+
 def analyse(
-    run: Path, step: int | str, only: list[str] | None, prompt: str | None, scalars: tuple[str, ...] | None, out: Path
+    run: Path,
+    step: int | str,
+    only: list[str] | None,
+    prompt: str | None,
+    options: dict[str, dict[str, object]],
+    out: Path,
 ) -> bool:
     """Run the analyses on one step, print the table and write the report. Returns whether none of them broke."""
     from jaxwalk import analyses, report
@@ -72,7 +99,6 @@ def analyse(
 
     subject = analyses.open_subject(run, step, prompt)
     out.mkdir(parents=True, exist_ok=True)  # before the work, not after it, is when to learn that it cannot be
-    options = {} if scalars is None else {"training_walk": {"scalars": scalars}}
     findings, skipped = analyses.run(subject, only, started, failed, options)
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)

@@ -29,17 +29,17 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}.{hint} Choices: {', '.join(choices)}."
 
 
-def _fits(value: Any, annotation: Any) -> bool:
+def fits(value: Any, annotation: Any) -> bool:
     """Whether `value` is of type `annotation`, for the annotations that the configs here use."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return True
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
+        return any(fits(value, a) for a in args)
     if origin is Literal:
         return value in args
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+        return isinstance(value, tuple) and all(fits(v, args[0]) for v in value)
     if origin is not None:
         return isinstance(value, origin)
     if annotation in (None, type(None)):
@@ -51,7 +51,8 @@ def _fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, annotation)
 
 
-def _readable(annotation: Any) -> str:
+def readable(annotation: Any) -> str:
+    """A type as messages name it."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
@@ -73,9 +74,9 @@ class Checked:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         wrong = [
-            f"{f.name}: expected {_readable(hints[f.name])}, got {getattr(self, f.name)!r}"
+            f"{f.name}: expected {readable(hints[f.name])}, got {getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
-            if not _fits(getattr(self, f.name), hints[f.name])
+            if not fits(getattr(self, f.name), hints[f.name])
         ]
         wrong = wrong or list(self.check())
         if wrong:

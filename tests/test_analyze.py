@@ -75,6 +75,15 @@ def test_scalars_of_training(run, tmp_path):
     assert "path_law.total_mass.last" in json.loads((tmp_path / "findings.json").read_text())[0]["measured"]
 
 
+def test_options_of_analyses(run, tmp_path):
+    settings = ("--set", "encoding_walk.stations=blocks", "--set", "encoding_walk.paths=9")
+    done = analyze(run, "--only", "encoding_walk", *settings, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    conventions = json.loads((tmp_path / "findings.json").read_text())[0]["conventions"]
+    assert conventions["stations"].startswith("blocks")
+    assert conventions["paths"] == 9
+
+
 def test_an_analysis_that_breaks_costs_itself_only(monkeypatch):
     def broken(subject):
         raise ZeroDivisionError("a bug")
@@ -100,6 +109,11 @@ def test_an_analysis_that_breaks_costs_itself_only(monkeypatch):
         (("--prompt", ""), "empty prompt"),
         (("--out", "README.md"), "README.md"),
         (("--only", "training_walk", "--scalars", "path_law"), "expected 'analysis.number'"),
+        (("--set", "path_law"), "--set: expected ANALYSIS.OPTION=VALUE, got 'path_law'"),
+        (("--set", "path_lww.paths=8"), "Did you mean 'path_law'"),
+        (("--set", "path_law.path=8"), "unknown option of path_law 'path'. Did you mean 'paths'"),
+        (("--only", "cloud", "--set", "cloud.position=0"), "cloud: position: expected one from 1 to 7"),
+        (("--set", "path_law.samples=many"), "path_law.samples: expected int, got 'many'"),
     ],
 )
 def test_bad_input(run, arguments, message):

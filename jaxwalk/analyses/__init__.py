@@ -6,12 +6,14 @@ all there is to adding one.
 """
 
 import importlib
+import inspect
 import pkgutil
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.config import ConfigError, unknown
+from jaxwalk.config import ConfigError, fits, readable, unknown
 
 __all__ = ["Figure", "Finding", "NotApplicable", "Series", "Subject", "analyse", "names", "open_subject", "run"]
 
@@ -40,11 +42,14 @@ def run(
     An analysis that does not apply, or that the data is too small for, costs nothing but itself. `started` is called
     with the name of each as it begins. failed: takes the name and the error of an analysis that breaks, and the rest
     goes on; without it the error is raised. options: of each analysis by name. Raises ConfigError for an unknown
-    name, before anything is run, and for options that an analysis refuses.
+    name or option, before anything is run, and for options that an analysis refuses.
     """
     chosen = tuple(only or names())
-    if stray := [name for name in chosen if name not in names()]:
-        raise ConfigError(unknown("analysis", stray[0], names()))
+    for name in (*chosen, *(options or {})):
+        if name not in names():
+            raise ConfigError(unknown("analysis", name, names()))
+    for name, given in (options or {}).items():
+        _check_options(name, given)
     findings, skipped = [], {}
     for name in chosen:
         started(name)
@@ -55,11 +60,25 @@ def run(
         except ConfigError:
             raise
         except Exception as error:
+            if isinstance(error, ValueError) and (options or {}).get(name):  # most likely of a value in them
+                raise ConfigError(f"{name}: {error}") from error
             if failed is None:
                 raise
             failed(name, error)
             skipped[name] = f"it broke: {type(error).__name__}: {error}"
     return findings, skipped
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an option that the analysis does not have, or of a wrong type."""
+    analyse = importlib.import_module(f"{__name__}.{name}").analyse
+    known = [p.name for p in inspect.signature(analyse).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    hints = typing.get_type_hints(analyse)
+    for option, value in options.items():
+        if option not in known:
+            raise ConfigError(unknown(f"option of {name}", option, known))
+        if not fits(value, hints[option]):
+            raise ConfigError(f"{name}.{option}: expected {readable(hints[option])}, got {value!r}.")
 
 
 def __getattr__(name: str) -> Any:
