@@ -293,7 +293,7 @@ def top_paths(
     steps: int,
     k: int,
     *,
-    budget: int = 4096,
+    budget: int | None = None,
     width: int = 16,
     branch: int = 256,
     capacity: int | None = None,
@@ -304,24 +304,26 @@ def top_paths(
     `log_probs` with `bound`. On a flat law the frontier explodes: the search then stops at its `budget` and says
     through `bound` and `unexplored_mass` what it left.
 
-    budget: the most prefixes that are expanded. width: how many are expanded together. branch: how many continuations
-    of a prefix by one token are kept, the most probable ones. capacity: how many prefixes are kept for later. What is
-    not kept counts in `bound`: the answer is exact in any case as far as the certificate says. States of expanded
-    prefixes are kept for their continuations if all fit into `STATES` bytes, else retraced from the prompt's. Slots
-    that no path fills have log-probability -inf and tokens -1. Raises ValueError for an empty prompt, one that leaves
-    no room for `steps` tokens, and sizes below 1.
+    budget: the most prefixes that are expanded. Their states are kept for their continuations, if all fit into `STATES`
+    bytes; else each is retraced from the prompt's, which takes as many steps as it has tokens. By default as many as
+    fit, from 64 to 1024. width: how many are expanded together. branch: how many continuations of a prefix by one token
+    are kept, the most probable ones. capacity: how many prefixes are kept for later. What is not kept counts in
+    `bound`: the answer is exact in any case as far as the certificate says. Slots that no path fills have
+    log-probability -inf and tokens -1. Raises ValueError for an empty prompt, one that leaves no room for `steps`
+    tokens, and sizes below 1.
     """
     prompt = _check_prompt(model, prompt, steps)
     if k < 1:
         raise ValueError(f"k: expected at least 1 path, got {k}.")
-    sizes = {"budget": budget, "width": width, "branch": branch, "capacity": 1 if capacity is None else capacity}
-    for what, number in sizes.items():
-        if number < 1:
+    for what, number in {"budget": budget, "width": width, "branch": branch, "capacity": capacity}.items():
+        if number is not None and number < 1:
             raise ValueError(f"{what}: expected at least 1, got {number}.")
+    state = jax.eval_shape(functools.partial(prefill, length=len(prompt) + steps - 1), model, prompt)[0]
+    fit = STATES // sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    budget = max(64, min(1024, fit)) if budget is None else budget
+    kept = budget <= fit
     width, branch = min(width, budget), min(branch, model.vocab_size)
     capacity = max(4 * budget if capacity is None else capacity, width)
-    state = jax.eval_shape(functools.partial(prefill, length=len(prompt) + steps - 1), model, prompt)[0]
-    kept = budget * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state)) <= STATES
     return _search(
         model, prompt, steps=steps, k=k, budget=budget, width=width, branch=branch, capacity=capacity, kept=kept
     )

@@ -38,13 +38,13 @@ SENSITIVITY_BUDGET = 4e11
 
 
 def analyse(
-    subject: Subject, *, steps: int = 6, k: int = 10, samples: int = 8, shown: int = 20, budget: int = 1024
+    subject: Subject, *, steps: int = 6, k: int = 10, samples: int = 8, shown: int = 20, budget: int | None = None
 ) -> Finding:
     """What follows the subject's prompt, and how the context vectors depend on it.
 
     steps: length of the paths that follow it, less where the model cannot walk so far. k: how many of the most
-    probable paths; `budget` prefixes at most are expanded in their search. samples: sampled paths that are shown.
-    shown: the most probable next tokens that are shown.
+    probable paths, and `budget` how many prefixes are expanded in their search, at most. samples: sampled paths that are
+    shown. shown: the most probable next tokens that are.
     """
     model, world = subject.model, subject.world
     if subject.prompt is None:
@@ -173,7 +173,7 @@ def analyse(
         "top_paths": f"{certified} of {len(top)} are certified to be the most probable (at or above bound "
         f"{float(best.bound):.4g}); the mass of other paths is {float(best.unexplored_mass):.4g}"
         if len(top)
-        else f"none: the law is so flat that the search found no whole path before it had expanded {budget} prefixes",
+        else "none: the law is so flat that the search found no whole path before its budget was spent",
         "tree": "arrays tree_*: the prefixes of the most probable paths, each with the mass of those that begin so",
         "sampled_paths": f"{samples} exact samples of the model's law, no temperature",
         "sensitivity": "Frobenius norm of d context / d token vector, row: context, column: token; local, and no share "
@@ -188,7 +188,7 @@ def analyse(
             f"); the {len(top)} most probable found hold {measured['top_paths_mass']:.1%} of the probability, "
             f"{certified} of them certified."
             if len(top)
-            else f"); the law is too flat for a search of {budget} prefixes to find the most probable."
+            else "); the law is too flat for the search to find the most probable."
         )
     )
     return Finding("prompt", CLAIM, measured, interval, null, conventions, arrays, figures, verdict)
@@ -205,7 +205,7 @@ def _law(
 
 @functools.partial(jax.jit, static_argnames=("steps", "k", "samples", "budget"))
 def _paths(
-    model: Transformer, prompt: Int[Array, " P"], key: Array, steps: int, k: int, samples: int, budget: int
+    model: Transformer, prompt: Int[Array, " P"], key: Array, steps: int, k: int, samples: int, budget: int | None
 ) -> tuple[Paths, Paths]:
     return top_paths(model, prompt, steps, k, budget=budget), sample_paths(model, prompt, key, steps, samples)
 
