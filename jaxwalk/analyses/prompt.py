@@ -43,8 +43,8 @@ def analyse(
     """What follows the subject's prompt, and how the context vectors depend on it.
 
     steps: length of the paths that follow it, less where the model cannot walk so far. k: how many of the most
-    probable paths, and `budget` how many prefixes are expanded in their search, at most. samples: sampled paths that are
-    shown. shown: the most probable next tokens that are.
+    probable paths, and `budget` how many prefixes are expanded in their search, at most. samples, shown: how many
+    sampled paths, and how many of the most probable next tokens, are shown.
     """
     model, world = subject.model, subject.world
     if subject.prompt is None:
