@@ -5,17 +5,25 @@ with `jax.vmap`. All raise ValueError for tokens that are no path of the model. 
 space, in which token vectors and context vectors are.
 """
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxwalk.filters import module
 from jaxwalk.paths import path_log_prob, step_log_probs
 from jaxwalk.transformer import Index, Segments, Tokens, Transformer, check_index, check_tokens, plain
+
+PASSED = 1 << 22
+"""How many numbers an array of the backward passes that run together may have."""
+WRITTEN_OUT = 1 << 28
+"""How many numbers the Jacobians of filters may have that are written out for `context_sensitivity`."""
 
 
 def token_vectors(model: Transformer, tokens: Tokens) -> Float[Array, "T D"]:
@@ -54,25 +62,83 @@ def station_gradient(
 def context_sensitivity(model: Transformer, tokens: Tokens, segments: Segments | None = None) -> Float[Array, "T T"]:
     """|d c_t / d token vector_j| in the Frobenius norm, row t, column j: how far moving a token moves each context.
 
-    Computed row by row in reverse mode, so that memory is that of one row's Jacobian, [D, T, D], never
-    [T, D, T, D]. Above the diagonal it is exactly zero. It is the size of a local derivative, and no share of
-    anything: rows do not sum to a whole.
+    Exact, by reverse mode: T x D backward passes, each over the path up to the end of its block of rows, some
+    directions at a time. Memory is bounded at any T and D: about `PASSED` numbers for each array of a pass, and at most
+    `WRITTEN_OUT` for the filters' Jacobians. Above the diagonal it is exactly zero. It is the size of a local
+    derivative, and no share of anything: rows do not sum to a whole.
     """
     return _sensitivity(model, check_tokens(model, tokens), segments)
 
 
 @jax.jit
 def _sensitivity(model: Transformer, tokens: Array, segments: Segments | None) -> Array:
-    pull = _context_vjp(model, tokens, segments)
+    T = len(tokens)
+    # Each block is compiled by itself, in a second or so: as many as pay. With 8 the work is 9/16 of that with one.
+    work = T**2 * model.width * sum(leaf.size for leaf in jax.tree.leaves(model.layers))
+    size = -(-T // max(1, min(8, T // 8, round((work / 2.5e11) ** 0.5))))
+    starts = range(0, T, size)
+
+    def block(start: int) -> Callable[[], Array]:
+        end = min(start + size, T)
+        part = tokens[:end], None if segments is None else segments[:end]
+        return lambda: jnp.pad(_sensitivity_rows(model, *part, start + jnp.arange(size)), ((0, 0), (0, T - end)))
+
+    # A switch in a loop, so that what one block needs in memory is free again for the next.
+    blocks = [block(start) for start in starts]
+    return lax.map(lambda n: lax.switch(n, blocks), jnp.arange(len(blocks))).reshape(-1, T)[:T]
+
+
+def _sensitivity_rows(model: Transformer, tokens: Array, segments: Segments | None, rows: Array) -> Array:
+    """The stated rows; zeros for those after the end."""
+    T, D, dtype = len(tokens), model.width, model.token_vectors.dtype
+    pull = _context_vjp(_filters_written_out(model, T), tokens, segments)
+    together = max(1, min(D, PASSED // (T * max(T, D))))
+    directions = jnp.arange(-(-D // together) * together).reshape(-1, together)
 
     def row(t: Array) -> Array:
-        def norms(cotangent: Array) -> Array:
-            jacobian_row = pull(jnp.zeros((len(tokens), model.width), cotangent.dtype).at[t].set(cotangent))
-            return jnp.sum(jacobian_row**2, axis=-1)
+        def add(squares: Array, directions: Array) -> tuple[Array, None]:
+            unit = jnp.zeros((together, T, D), dtype).at[jnp.arange(together), t, directions].set(1, mode="drop")
+            return squares + jnp.sum(jax.vmap(pull)(unit) ** 2, axis=(0, 2)), None
 
-        return jnp.sqrt(jax.vmap(norms)(jnp.eye(model.width, dtype=model.token_vectors.dtype)).sum(0))
+        return jnp.sqrt(lax.scan(add, jnp.zeros(T, dtype), directions)[0])
 
-    return lax.map(row, jnp.arange(len(tokens)))
+    return lax.map(row, rows)
+
+
+def _filters_written_out(model: Transformer, length: int) -> Transformer:
+    """The same function, with the Jacobians of as many filters written out as fit."""
+    fitting = WRITTEN_OUT // (length * model.width**2)
+    layers = list(model.layers)
+    for number, layer in enumerate(layers[:fitting]):
+        if layer.filter is not None:
+            fields = {field.name: getattr(layer.filter, field.name) for field in dataclasses.fields(layer.filter)}
+            layers[number] = dataclasses.replace(layer, filter=_written_out(type(layer.filter))(**fields))
+    return dataclasses.replace(model, layers=tuple(layers), remat=False)
+
+
+@functools.cache
+def _written_out(kind: Any) -> Any:
+    """A kind of filter, [D] -> [D], whose backward pass is one product with its Jacobian, [D, D] for each position.
+
+    An MLP of 4 D neurons has 8 D^2 weights, each of which a cotangent would meet: with T x D of them, that is most of
+    the work, and the Jacobian is paid for by the first D.
+    """
+
+    @jax.custom_vjp
+    def apply(filter: Any, x: Array) -> Array:
+        return kind.__call__(filter, x)
+
+    def forward(filter: Any, x: Array) -> tuple[Array, Array]:
+        y, pull = jax.vjp(functools.partial(kind.__call__, filter), x)
+        return y, lax.map(lambda c: pull(c)[0], jnp.eye(len(y), dtype=y.dtype), batch_size=min(len(y), 64))
+
+    apply.defvjp(forward, lambda jacobian, cotangent: (None, cotangent @ jacobian))
+
+    class WrittenOut(kind):  # type: ignore[misc]
+        def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
+            return apply(self, x)
+
+    return module(WrittenOut)
 
 
 def context_jvp(

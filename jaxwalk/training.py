@@ -47,7 +47,7 @@ class TrainingDiverged(Exception):
 class WorldBatches:
     """Fresh paths of a world at every step, sampled inside the jitted call."""
 
-    world: worlds.HiddenMarkov
+    world: worlds.World
     vocabulary: Any
     batch_size: int
     length: int
@@ -169,6 +169,46 @@ class State(NamedTuple):
     optimizer: Any
 
 
+def initial_state(config: TrainConfig, update: optax.GradientTransformation, key: Key) -> State:
+    """The state at step 0. `key` is the root key of a run, `jax.random.key(seed)`."""
+    model = transformer.init(config.model, stream(key, "model"))
+    return State(model, update.init(model))
+
+
+def train_step(
+    config: TrainConfig,
+    update: optax.GradientTransformation,
+    state: State,
+    batch: tuple[Int[Array, "B N"], Int[Array, "B N"] | None],
+    axis: str | None = None,
+) -> tuple[State, dict[str, Array]]:
+    """One step on the tokens and segments of `batch`: the state after it, and {"loss", "grad_norm"}, each [].
+
+    axis: the mesh axis that the batch lies on.
+    """
+    dtype = jnp.dtype(config.compute_dtype)
+
+    def gradient(model: Transformer, tokens: Array, segments: Array | None) -> tuple[tuple[Array, Array], Transformer]:
+        def loss(model: Transformer) -> tuple[Array, Array]:
+            return batch_loss(astype(model, dtype), tokens, segments, axis=axis)
+
+        return jax.value_and_grad(loss, has_aux=True)(model)
+
+    if config.accumulate == 1:
+        (total, count), sums = gradient(state.model, *batch)
+    else:
+        # Every part takes rows from all devices: part i is rows i, i + accumulate, ...
+        parts = jax.tree.map(lambda a: a.reshape(-1, config.accumulate, *a.shape[1:]).swapaxes(0, 1), batch)
+        zeros = ((jnp.zeros(()), jnp.array(0)), jax.tree.map(jnp.zeros_like, state.model))
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.model, *part)), None)
+        ((total, count), sums), _ = lax.scan(add, zeros, parts)
+    count = jnp.maximum(count, 1)
+    mean = jax.tree.map(lambda g: g / count, sums)
+    updates, moments = update.update(mean, state.optimizer, state.model)
+    metrics = {"loss": total / count, "grad_norm": optax.tree.norm(mean)}
+    return State(optax.apply_updates(state.model, updates), moments), metrics
+
+
 # Where a parameter lies on the mesh, by its path. The first rule that matches; replicated without one.
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/(table|weight)$", PartitionSpec("model", None)),
@@ -221,32 +261,13 @@ def make_call(
     `state` gives structure and shapes. The call takes leaves, as flattening a deep model in Python at every
     dispatch would cost more than dispatching.
     """
-    dtype = jnp.dtype(config.compute_dtype)
     structure = jax.tree.structure(state)
     places = jax.tree.leaves(shardings(state, mesh))
     rows = NamedSharding(mesh, PartitionSpec("data"))
 
-    def gradient(model: Transformer, tokens: Array, segments: Array | None) -> tuple[tuple[Array, Array], Transformer]:
-        def loss(model: Transformer) -> tuple[Array, Array]:
-            return batch_loss(astype(model, dtype), tokens, segments, axis="data")
-
-        return jax.value_and_grad(loss, has_aux=True)(model)
-
     def step(state: State, inputs: Any) -> tuple[State, dict[str, Array]]:
         batch = jax.tree.map(lambda a: lax.with_sharding_constraint(a, rows), batches.batch(inputs))
-        if config.accumulate == 1:
-            (total, count), sums = gradient(state.model, *batch)
-        else:
-            # Every part takes rows from all devices: part i is rows i, i + accumulate, ...
-            parts = jax.tree.map(lambda a: a.reshape(-1, config.accumulate, *a.shape[1:]).swapaxes(0, 1), batch)
-            zeros = ((jnp.zeros(()), jnp.array(0)), jax.tree.map(jnp.zeros_like, state.model))
-            add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.model, *part)), None)
-            ((total, count), sums), _ = lax.scan(add, zeros, parts)
-        count = jnp.maximum(count, 1)
-        mean = jax.tree.map(lambda g: g / count, sums)
-        updates, moments = update.update(mean, state.optimizer, state.model)
-        metrics = {"loss": total / count, "grad_norm": optax.tree.norm(mean)}
-        return State(optax.apply_updates(state.model, updates), moments), metrics
+        return train_step(config, update, state, batch, axis="data")
 
     def call(leaves: list[Array], inputs: Any) -> tuple[list[Array], dict[str, Array]]:
         state, metrics = lax.scan(step, jax.tree.unflatten(structure, leaves), inputs)
@@ -260,8 +281,7 @@ def make_state(config: TrainConfig, update: optax.GradientTransformation, mesh: 
     """The state at step 0, made where its parameters lie."""
 
     def fresh() -> State:
-        model = transformer.init(config.model, stream(jax.random.key(config.seed), "model"))
-        return State(model, update.init(model))
+        return initial_state(config, update, jax.random.key(config.seed))
 
     return jax.jit(fresh, out_shardings=shardings(jax.eval_shape(fresh), mesh))()
 
@@ -282,7 +302,7 @@ def make_evaluation(
     rows = NamedSharding(mesh, PartitionSpec("data"))
     world = batches.world if isinstance(batches, WorldBatches) else None
 
-    def excess(world: worlds.HiddenMarkov, model: Transformer, tokens: Array) -> Array:
+    def excess(world: worlds.World, model: Transformer, tokens: Array) -> Array:
         exact = world.next_log_probs(tokens)[1:-1]
         learned = next_log_probs(model, tokens[:-1])
         return jnp.where(jnp.isneginf(exact), 0, jnp.exp(exact) * (exact - learned)).sum()

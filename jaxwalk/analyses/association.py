@@ -34,9 +34,9 @@ CLAIM = "C6: attention adds an association bias to the composition of context ve
 RUNGS = {
     "identity": "none (A = I)",
     "causal_mean": "causal mean",
-    "corpus_mean": "mean pattern of other paths",
-    "shuffled_keys": "own weights, shuffled keys",
-    "other_path": "another path's pattern",
+    "corpus_mean": "corpus mean",
+    "shuffled_keys": "shuffled keys",
+    "other_path": "another path's",
 }
 FIXED = ("causal_mean", "corpus_mean")
 """The rungs whose A is the same for every path, beside A = I: the best of them is what the bias is measured from."""
@@ -110,7 +110,7 @@ def analyse(subject: Subject, *, paths: int = 256, per_layer: int = 64, length: 
     null["largest_layer_cost.all_together"] = float(costs[best][:sample].mean())
 
     arrays: dict[str, np.ndarray] = {
-        "rung": np.array([*RUNGS.values(), "the model's own"]),
+        "rung": np.array([*RUNGS.values(), "its own"]),
         "layer": np.array([f"layer {number}" for number in range(L)]),
         "layer_rung": np.array(list(RUNGS.values())),
         "layer_cost": np.stack([means[name] for name in RUNGS]),
