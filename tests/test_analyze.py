@@ -84,6 +84,18 @@ def test_options_of_analyses(run, tmp_path):
     assert conventions["paths"] == 9
 
 
+def test_the_analysis_whose_picture_opens_the_report_comes_first():
+    started = []
+
+    def stop(name):
+        started.append(name)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jw.analyses.run(None, started=stop)
+    assert started == ["belief_geometry"] != list(jw.analyses.names()[:1])
+
+
 def test_an_analysis_that_breaks_costs_itself_only(monkeypatch):
     def broken(subject):
         raise ZeroDivisionError("a bug")

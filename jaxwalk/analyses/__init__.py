@@ -2,7 +2,7 @@
 
 A file `foo.py` here defines `analyse(subject: Subject) -> Finding`, with further options as keyword arguments
 that have defaults, and raises `NotApplicable`, with the reason, for a subject it makes no sense for. That is
-all there is to adding one.
+all there is to adding one. One with `FIRST = True` comes before the others, and its picture opens the report.
 """
 
 import importlib
@@ -27,7 +27,7 @@ def analyse(name: str, subject: Any, **options: Any) -> Finding:
     """The finding of the analysis `name` on `subject`. Raises ConfigError for an unknown name."""
     if name not in names():
         raise ConfigError(unknown("analysis", name, names()))
-    return importlib.import_module(f"{__name__}.{name}").analyse(subject, **options)
+    return _module(name).analyse(subject, **options)
 
 
 def run(
@@ -44,7 +44,7 @@ def run(
     goes on; without it the error is raised. options: of each analysis by name. Raises ConfigError for an unknown
     name or option, before anything is run, and for options that an analysis refuses.
     """
-    chosen = tuple(only or names())
+    chosen = tuple(only or sorted(names(), key=lambda name: not getattr(_module(name), "FIRST", False)))
     for name in (*chosen, *(options or {})):
         if name not in names():
             raise ConfigError(unknown("analysis", name, names()))
@@ -69,9 +69,13 @@ def run(
     return findings, skipped
 
 
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises ConfigError for an option that the analysis does not have, or of a wrong type."""
-    analyse = importlib.import_module(f"{__name__}.{name}").analyse
+    analyse = _module(name).analyse
     known = [p.name for p in inspect.signature(analyse).parameters.values() if p.kind is p.KEYWORD_ONLY]
     hints = typing.get_type_hints(analyse)
     for option, value in options.items():
@@ -83,7 +87,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
 
 def __getattr__(name: str) -> Any:
     if name in ("Subject", "open_subject"):
-        return getattr(importlib.import_module("jaxwalk.analyses._subject"), name)
+        return getattr(_module("_subject"), name)
     if name in names():
-        return importlib.import_module(f"{__name__}.{name}")
+        return _module(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,6 +24,7 @@ from jaxwalk.analyses._subject import Subject
 from jaxwalk.transformer import Transformer
 from jaxwalk.worlds import HiddenMarkov
 
+FIRST = True
 FOLDS = 4
 RIDGES = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Of the features' whole variance, added to the variance in each direction: redundant features get no weight."""
