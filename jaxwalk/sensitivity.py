@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxwalk.filters import module
 from jaxwalk.paths import path_log_prob, step_log_probs
-from jaxwalk.transformer import Index, Segments, Tokens, Transformer, check_index, check_tokens, plain
+from jaxwalk.transformer import Index, Segments, Tokens, Transformer, Walk, check_index, check_tokens, plain
 
 PASSED = 1 << 22
 """How many numbers an array of the backward passes that run together may have."""
@@ -50,12 +50,23 @@ def path_gradient(
 
 
 def station_gradient(
-    model: Transformer, tokens: Tokens, given: int = 1, segments: Segments | None = None
+    model: Transformer,
+    tokens: Tokens,
+    given: int = 1,
+    segments: Segments | None = None,
+    *,
+    of: Callable[[Walk], Float[Array, ""]] | None = None,
 ) -> Float[Array, "S T D"]:
-    """d log P(path | given) / d nudge, in nats per unit: the gradient at every station, in one backward pass."""
-    tokens = check_tokens(model, tokens, model.max_length + 1)
+    """d log P(path | given) / d nudge, in nats per unit: the gradient at every station, in one backward pass.
+
+    of: a scalar of the walk to differentiate instead, as in `lambda walk: walk.context[-1] @ direction`; all T tokens
+    are then walked, and `given` says nothing.
+    """
     model = plain(model)
+    tokens = check_tokens(model, tokens, model.max_length + (of is None))
     nudge = jnp.zeros((2 * model.depth + 1, len(tokens), model.width), model.token_vectors.dtype)
+    if of is not None:
+        return jax.grad(lambda nudge: of(model.walk(tokens, nudge=nudge, segments=segments)))(nudge)
     return jax.grad(lambda nudge: path_log_prob(model, tokens, given, nudge, segments))(nudge)
 
 
