@@ -26,7 +26,8 @@ def patch_effects(
 ) -> Float[Array, "S T"]:
     """How log P(path | given) changes when one station at one position is replaced by that of `stations`.
 
-    stations: those of another path of as many tokens, say. The last token is scored but not walked: its column is 0.
+    stations: those of another path of as many tokens, say. The last token is scored but not walked: its column is 0,
+    and what `stations` holds there does not matter.
     """
     tokens = _checked(model, tokens, "stations", stations)
     S, T, _ = stations.shape

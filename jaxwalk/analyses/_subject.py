@@ -75,9 +75,11 @@ class Subject:
             raise ValueError(f"step: expected one of {list(self.series)}, got {step}.")
         return dataclasses.replace(self, model=plain(self.load_step(step)), step=step)
 
-    def symbol(self, token: int) -> str:
+    def symbol(self, token: int | np.integer) -> str:
         """How one token is shown. Untrusted text: escape it where it meets HTML."""
-        return str(token) if self.vocabulary is None else self.vocabulary.symbol(int(token))
+        if self.vocabulary is not None:
+            return self.vocabulary.symbol(int(token))
+        return str(token) if self.world is None else self.world.symbols[int(token)]
 
     @property
     def title(self) -> str:
