@@ -27,6 +27,8 @@ ADDITIVE = frozenset({"bias"})
 """Names of the parameters that are added to the stream or to what goes into it: all other coefficients multiply."""
 TOLERANCE = {jnp.dtype("float32"): 1e-5, jnp.dtype("float64"): 1e-12}
 """The largest relative error of a decomposition that is rounding."""
+PASSED = 1 << 20
+"""How many numbers the cotangents of the backward passes that run together may have, of at most 16 passes."""
 
 
 class DecompositionError(ArithmeticError):
@@ -365,7 +367,8 @@ def _by_source(target: _Target, function: Callable[[Array], Array]) -> tuple[Arr
         (slope,) = pull(jnp.zeros_like(out).at[index].set(1))
         return jnp.sum(slope * target.vectors, axis=-1), jnp.sum(slope * target.places, axis=-1)
 
-    by_token, by_position = lax.map(one, jnp.arange(len(out)), batch_size=min(len(out), 16))
+    together = max(1, min(len(out), 16, PASSED // target.vectors.size))
+    by_token, by_position = lax.map(one, jnp.arange(len(out)), batch_size=together)
     return by_token.T, by_position.T
 
 

@@ -20,6 +20,8 @@ from jaxwalk.filters import module
 from jaxwalk.paths import path_log_prob, step_log_probs
 from jaxwalk.transformer import Index, Segments, Tokens, Transformer, Walk, check_index, check_tokens, plain
 
+COMPILING = 2.5e11
+"""How many products of a number and a weight take about as long as compiling a block of rows."""
 PASSED = 1 << 22
 """How many numbers an array of the backward passes that run together may have."""
 WRITTEN_OUT = 1 << 28
@@ -84,9 +86,9 @@ def context_sensitivity(model: Transformer, tokens: Tokens, segments: Segments |
 @jax.jit
 def _sensitivity(model: Transformer, tokens: Array, segments: Segments | None) -> Array:
     T = len(tokens)
-    # Each block is compiled by itself, in a second or so: as many as pay. With 8 the work is 9/16 of that with one.
+    # Each block is compiled by itself: as many as pay. With 8 the work is 9/16 of that with one.
     work = T**2 * model.width * sum(leaf.size for leaf in jax.tree.leaves(model.layers))
-    size = -(-T // max(1, min(8, T // 8, round((work / 2.5e11) ** 0.5))))
+    size = -(-T // max(1, min(8, T // 8, round((work / COMPILING) ** 0.5))))
     starts = range(0, T, size)
 
     def block(start: int) -> Callable[[], Array]:

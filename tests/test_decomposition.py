@@ -204,6 +204,22 @@ def test_batched_and_jitted_as_alone():
     assert (batched.error < 1e-5).all()
 
 
+@pytest.mark.slow
+def test_a_long_path_is_decomposed_exactly_and_in_bounded_memory():
+    heads = ATTENTION(heads=4)
+    tokens = np.arange(1024) % 5
+    model = model_of(scale=0.05, max_length=1024, width=128, depth=4, aggregate=heads)
+    cuts = (d.decompose, d.decompose_steps, functools.partial(d.decompose_heads, layer=2))
+    for cut in cuts:
+        assert cut(model, tokens).error <= 2e-6
+    # The mixing matrices of its 12 layers have 192 MiB, and are held once.
+    model = model_of(scale=0.05, max_length=1024, width=256, depth=12, aggregate=heads)
+    arguments = (jnp.asarray(tokens), None, jnp.asarray(1023), None)
+    for cut, layer in ((d._by_token, None), (d._by_step, None), (d._by_head, 6)):
+        compiled = d._run.lower(cut, model, *arguments, layer).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 450 * 2**20, cut
+
+
 def test_traced_positions_and_ids_out_of_range_are_nan():
     model = model_of()
     at = jax.jit(lambda at: d.decompose(model, TOKENS, at))

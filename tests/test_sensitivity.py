@@ -136,6 +136,51 @@ def test_context_sensitivity_by_two_algorithms(name, packed):
     assert np.diag(rows).min() > 0
 
 
+BLOCKS = {
+    "written out, 3 directions of 16 together": ({}, {"PASSED": 3 * 17**2}),
+    "the first filter only, one direction at a time": (
+        {"filter": jw.MLPConfig(gated=True, activation="silu"), "positions": "none"},
+        {"PASSED": 1, "WRITTEN_OUT": 17 * 16**2},
+    ),
+    "no filter written out": ({"placement": "post"}, {"WRITTEN_OUT": 0}),
+    "scanned": ({"scan": True, "remat": True, "aggregate": "fixed_mixing"}, {}),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", [c if c[0] == "w" else slow(c) for c in BLOCKS])
+def test_context_sensitivity_in_blocks_of_rows(case, packed, monkeypatch):
+    """However the work is cut up: two blocks, of 9 rows and of 8."""
+    choices, constants = BLOCKS[case]
+    for name, value in ({"COMPILING": 1.0} | constants).items():
+        monkeypatch.setattr(jw.sensitivity, name, value)
+    tokens = np.arange(34).reshape(2, 17) % 5
+    segments = jnp.asarray(np.arange(17) // 7 + 1) if packed else None
+    sensitivity = jw.sensitivity._sensitivity.__wrapped__  # not what is compiled with other constants
+
+    @jax.jit
+    def both(m, tokens):
+        walk = lambda v: m.walk(tokens, vectors=v, segments=segments).context
+        return sensitivity(m, tokens, segments), jax.jacfwd(walk)(token_vectors(m, tokens))
+
+    with float64():
+        model = to64(model_of(max_length=20, **choices))
+        rows, dense = map(np.asarray, jax.vmap(both, (None, 0))(model, tokens))
+    np.testing.assert_allclose(rows, np.sqrt((dense**2).sum((2, 4))), rtol=1e-10, atol=1e-12)
+    assert not np.triu(rows, 1).any()
+    assert np.abs(np.diagonal(rows, axis1=1, axis2=2)).min() > 0
+    if packed:
+        assert not rows[:, 7:, :7].any()
+
+
+@pytest.mark.slow
+def test_memory_of_context_sensitivity_is_bounded():
+    """That of all directions of a row at once would be 2 GiB for each array of the neurons."""
+    model = model_of(depth=1, width=512, max_length=512)
+    compiled = jw.sensitivity._sensitivity.lower(model, jnp.arange(512) % 5, None).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 2**30
+
+
 @each
 def test_products_with_the_jacobian_are_adjoint_and_agree_with_central_differences(name):
     with float64():
