@@ -25,8 +25,8 @@ class Aggregate(nnx.Module, abc.ABC):
     """
 
     granularity: ClassVar[Literal["head", "channel", "state"]]
-    """What has an A of its own: a head (all K channels of its values share it), a channel (K = 1), or a channel of a
-    state that is larger than the values."""
+    """What has an A of its own: a head, whose K channels of values share it; a channel, so that K = 1; or an element of
+    the state, where a channel is the sum of several."""
     kind: ClassVar[Literal["exact", "conditional", "none"]]
     """What A says. exact: y = A v where v_j is a function of position j alone, so that A is all that passes between
     positions. conditional: y = A v holds, but v_j itself depends on positions before j. none: there is no such A."""

@@ -1,15 +1,18 @@
 """What linear recurrences over a matrix-valued state share: three algorithms for one mixing matrix.
 
-Per head the state S [K, V] takes in a key and a value at each position and is read by a query,
+Per head a state S [K, V] takes in a key and a value at each position, and is read by a query:
 
-    S_i = (I - b_i k_i k_i^T) diag(d_i) S_(i-1) + b_i k_i v_i^T,    y_i = S_i^T q_i,
+    S_i = diag(d_i) S_(i-1) + k_i v_i^T,    y_i = S_i^T q_i,
 
-with decays d_i in [0, 1], one per head or one per key channel, and the delta rule's strength b_i; without the delta
-rule, S_i = diag(d_i) S_(i-1) + k_i v_i^T. So y = A v with A_ij = q_i . (prod over i >= m > j of the state's maps) k_j b_j.
-`step` goes forward in time, `mixing` carries queries backward, and `chunked` takes whole chunks at once: as sums
-without the delta rule (Yang et al., arXiv 2312.06635), with it through the WY representation (Yang et al., arXiv
-2406.06484 and 2412.06464). Decays are kept as logarithms. Sums of them are taken within each span, never as differences
-of running sums, so that a decay of 0 (-inf) is exact and has finite derivatives; it is also how documents are reset.
+with decays d_i in [0, 1], one per head or one per key channel; or, with the delta rule of strength b_i,
+
+    S_i = (I - b_i k_i k_i^T) diag(d_i) S_(i-1) + b_i k_i v_i^T.
+
+Both ways y = A v. `forward` takes one position; `backward` carries queries back to the keys, which gives rows of A;
+`chunked` takes whole chunks at once (Yang et al., arXiv 2312.06635), with the delta rule through the WY representation
+(Yang et al., arXiv 2406.06484, 2412.06464). Decays are kept as logarithms, and these are summed within each span, never
+subtracted, so that a decay of 0, whose logarithm is -inf, is exact and has finite derivatives. A document starts with
+such a decay: it resets the state.
 """
 
 import abc
@@ -40,7 +43,7 @@ class LinearConfig(AggregateConfig):
     value_width: int | None = None
     """V, of each head's values. The default is a share of width / heads."""
     bias: bool = False
-    chunk: int = 64
+    chunk: int = 32
     """Positions that the parallel form takes at once: a matter of speed alone. Any length of sequence will do."""
 
     def check(self) -> Iterable[str]:
@@ -142,7 +145,7 @@ class LinearAggregate(Aggregate):
     def _parallel(self, x: Array, segments: Array | None) -> tuple[Array, Array]:
         c = self._reset(x, segments)
         v = self.carried(self.values(x).astype(c.q.dtype))
-        y, S = jax.vmap(functools.partial(chunked, chunk=self.chunk))(*c, v=v)
+        y, S = jax.vmap(functools.partial(chunked, chunk=self.chunk))(*c, v)
         return self.readout(self.combined(y).astype(x.dtype), x), S
 
     def init_state(self, length: int) -> State:
@@ -158,7 +161,8 @@ class LinearAggregate(Aggregate):
     def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
         c = self.coefficients(x[None], state.position[None])
         v = self.carried(self.values(x[None]).astype(c.q.dtype))
-        S, y = jax.vmap(forward)(state.S, *(None if a is None else a[:, 0] for a in c), v=v[:, 0])
+        q, k, log_decay, beta = jax.tree.map(lambda a: a[:, 0], c)
+        S, y = jax.vmap(forward)(state.S, q, k, log_decay, beta, v[:, 0])
         y = self.readout(self.combined(y[:, None]).astype(x.dtype), x[None])[0]
         position = state.position + 1
         return State(S, position, state.length), jnp.where(position <= state.length, y, jnp.nan)
@@ -212,16 +216,16 @@ def backward(
     """Rows of A: the transposed recurrence, which carries each row's query back to the keys. Memory R (K + T)."""
     asked = q[rows]
 
-    def back(r: Array, at: tuple[Array, Coefficients]) -> tuple[Array, Array]:
-        j, c = at
+    def back(r: Array, source: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array]:
+        j, k, log_decay, beta = source
         r = jnp.where((rows == j)[:, None], asked, r)
-        a = r @ c.k
-        if c.beta is not None:
-            a = a * c.beta
-            r = r - a[:, None] * c.k[None]
-        return r * jnp.exp(c.log_decay)[None], a
+        a = r @ k
+        if beta is not None:
+            a = a * beta
+            r = r - a[:, None] * k[None]
+        return r * jnp.exp(log_decay)[None], a
 
-    sources = jnp.arange(len(q)), Coefficients(q, k, log_decay, beta)
+    sources = jnp.arange(len(q), dtype=rows.dtype), k, log_decay, beta
     return lax.scan(back, jnp.zeros_like(asked), sources, reverse=True)[1].T
 
 

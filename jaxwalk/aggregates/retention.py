@@ -41,8 +41,8 @@ class Config(LinearConfig):
 class Retention(LinearAggregate):
     """A_ij = d^(i-j) q_i . k_j / sqrt(K), q and k rotated by position, d = 1 - 2^(-5-h) in head h = 0, 1, ...
 
-    Kind of A: exact. The readout is out(swish(gate(x)) * GroupNorm(y)), a head to a group. The paper's normalisations of
-    A by rows are left out: GroupNorm undoes them. Held are the gate and 1/std.
+    Kind of A: exact. The readout is out(swish(gate(x)) * GroupNorm(y)), a head to a group; held are the gate and 1/std.
+    The paper's normalisations of the rows of A are left out, as GroupNorm undoes them.
     """
 
     gate: Linear = nnx.data()
@@ -50,7 +50,9 @@ class Retention(LinearAggregate):
     def coefficients(self, x: Float[Array, "T D"], positions: Int[Array, " T"]) -> Coefficients:
         q, k = (rotate(a, positions, THETA) for a in self.queries_and_keys(x))
         log_decay = jnp.log1p(-(2.0 ** -(5 + jnp.arange(self.heads, dtype=q.dtype))))
-        return Coefficients(q / math.sqrt(q.shape[-1]), k, jnp.broadcast_to(log_decay[:, None, None], (*q.shape[:2], 1)))
+        return Coefficients(
+            q / math.sqrt(q.shape[-1]), k, jnp.broadcast_to(log_decay[:, None, None], (*q.shape[:2], 1))
+        )
 
     def readout(self, y: Float[Array, "G T V"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
         gate = held(jax.nn.silu(jax.vmap(self.gate)(x)), hold)
