@@ -1,5 +1,6 @@
 """The laws of the aggregate contract. Every file in `jaxwalk/aggregates/` is held to them, found by its name."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
+from jaxwalk.aggregates import _linear
 from jaxwalk.aggregates._contract import causal_mask, runs_and_positions
 from jaxwalk.config import ConfigError
 from tests.conftest import float64, normal, perturbed, to64
@@ -21,8 +23,13 @@ VARIANTS = {name: (name, {}) for name in jw.aggregates.names()} | {
     "attention-alibi-window": ("attention", {"heads": 3, "head_width": 4, "positions": "alibi", "window": 4}),
     "attention-mqa-window1-nobias": ("attention", {"kv_heads": 1, "window": 1, "bias": False}),
     "attention-xla": ("attention", {"kernel": "xla", "positions": "alibi", "kv_heads": 2}),
+    "linear_attention-relu-bias-chunk5": ("linear_attention", {"features": "relu", "bias": True, "chunk": 5}),
+    "gated_linear_attention-chunk5": ("gated_linear_attention", {"key_width": 3, "chunk": 5}),
+    "gated_delta_net-heads2-bias-chunk5": ("gated_delta_net", {"heads": 2, "bias": True, "chunk": 5}),
 }
-AVERAGES = {"attention", "causal_mean", "fixed_mixing", "identity"}  # the rows of their A sum to one
+# The rows of their A sum to one. Not with relu: a query of zeros looks nowhere.
+AVERAGES = {"attention", "causal_mean", "fixed_mixing", "identity", "linear_attention"}
+LINEAR = ("linear_attention", "retention", "gated_linear_attention", "delta_net", "gated_delta_net")
 each = pytest.mark.parametrize("variant", VARIANTS)
 X = normal(0, T, D)
 
@@ -80,7 +87,7 @@ def test_mixing_is_causal_and_may_be_asked_for_rows(variant):
     assert full.shape[1:] == (T, T)
     np.testing.assert_allclose(some, full[:, np.array(rows)], atol=1e-6)
     assert not np.triu(np.array(full), 1).any()
-    if VARIANTS[variant][0] in AVERAGES:
+    if VARIANTS[variant][0] in AVERAGES and "relu" not in variant:
         np.testing.assert_allclose(full.sum(-1), 1, atol=1e-6)
 
 
@@ -140,6 +147,27 @@ def test_reverse_mode_at_extreme_inputs_and_through_kernels(variant):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads(aggregate, 1e4 * X)))
 
 
+@each
+def test_held_it_is_affine_and_its_values_are_of_one_position(variant):
+    aggregate = build(variant)
+    assert aggregate.granularity == "head"
+    assert aggregate.kind == "exact"
+
+    def biases(path, leaf):
+        return leaf if path[-1].name == "bias" else jnp.zeros_like(leaf)
+
+    @jax.jit
+    def held(aggregate, x):
+        A = aggregate.mixing(x)
+        slope = jax.tree_util.tree_map_with_path(biases, aggregate), x
+        whole, parts = jax.jvp(lambda a, x: a.apply_mixing(x, A, hold=True), (aggregate, x), slope)
+        return whole, parts, aggregate.values(x), aggregate.values(x[3:4])
+
+    whole, parts, values, alone = held(aggregate, X)
+    np.testing.assert_allclose(parts, whole, atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(alone[:, 0], values[:, 3], atol=1e-6)
+
+
 @pytest.mark.parametrize("choices", [{}, {"positions": "alibi"}, {"window": 9}])
 def test_attention_in_two_blocks_is_attention(choices):
     config = jw.aggregates.config("attention", **choices)
@@ -184,6 +212,147 @@ def test_attention_against_its_definition():
             y[t, h] = score @ v[: t + 1, h // 2] / score.sum()
     expected = y.reshape(T, -1) @ np.array(aggregate.out.weight) + np.array(aggregate.out.bias)
     np.testing.assert_allclose(jax.jit(lambda a, x: a(x))(aggregate, X), expected, atol=1e-4, rtol=1e-4)
+
+
+# Linear recurrences.
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+def recurrence(aggregate, name, x):
+    """The papers' equations for a state, position by position, in numpy. x: [T, D]."""
+
+    def linear(module, x):
+        return x @ np.array(module.weight, float) + (0 if module.bias is None else np.array(module.bias, float))
+
+    H = aggregate.heads
+    V = aggregate.out.weight.shape[0] // H
+    q, k, v = np.split(linear(aggregate.qkv, x), [(aggregate.qkv.weight.shape[1] - H * V) // 2, -H * V], axis=1)
+    q, k, v = (a.reshape(len(x), H, -1) for a in (q, k, v))
+    K, delta = k.shape[-1], name in ("delta_net", "gated_delta_net")
+    decay, beta = np.ones((len(x), H, K)), np.ones((len(x), H))
+    if name == "linear_attention":
+        q, k = (np.where(a > 0, a + 1, np.exp(np.minimum(a, 0))) for a in (q, k))
+    if name == "retention":
+        turn = np.exp(1j * np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(K // 2) * 2 / K))[:, None]
+        q, k = ((a[..., : K // 2] + 1j * a[..., K // 2 :]) * turn for a in (q, k))
+        q, k = (np.concatenate([a.real, a.imag], -1) for a in (q / np.sqrt(K), k))
+        decay = decay * (1 - 2.0 ** (-5 - np.arange(H)))[:, None]
+    if name == "gated_linear_attention":
+        decay = sigmoid(linear(aggregate.decay_up, linear(aggregate.decay, x))).reshape(decay.shape) ** (1 / 16)
+    if delta:
+        q, k = (a * sigmoid(a) for a in (q, k))
+        q, k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
+        beta = sigmoid(linear(aggregate.beta, x))
+    if name == "gated_delta_net":
+        step = np.log1p(np.exp(linear(aggregate.decay, x)))
+        decay = decay * np.exp(-np.exp(np.array(aggregate.log_rate)) * step)[..., None]
+    y = np.zeros((len(x), H, V))
+    for h in range(H):
+        S, z = np.zeros((K, V)), np.zeros(K)
+        for t in range(len(x)):
+            key = k[t, h]
+            forget = np.eye(K) - beta[t, h] * np.outer(key, key) if delta else np.eye(K)
+            S = forget @ np.diag(decay[t, h]) @ S + beta[t, h] * np.outer(key, v[t, h])
+            z = z + key
+            y[t, h] = q[t, h] @ S / (q[t, h] @ z if name == "linear_attention" else 1)
+    if name != "linear_attention":
+        y = y - y.mean(-1, keepdims=True) if name in ("retention", "gated_linear_attention") else y
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5)
+    y = y.reshape(len(x), -1)
+    if hasattr(aggregate, "gate"):
+        gate = linear(aggregate.gate, x)
+        y = gate * sigmoid(gate) * y
+    return linear(aggregate.out, y)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_recurrences_against_their_papers(name):
+    aggregate = build(name)
+    y = jax.jit(lambda a, x: a(x))(aggregate, X)
+    np.testing.assert_allclose(y, recurrence(aggregate, name, np.array(X, float)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_three_algorithms_agree_over_many_positions(name):
+    N = 256
+    choices = {"features": "softmax"} if name == "linear_attention" else {}
+    aggregate = made(jw.aggregates.config(name, chunk=24, **choices), N)  # does not divide 256
+    rows = jnp.array([255, 3, 130])
+
+    @jax.jit
+    def forms(aggregate, x):
+        parallel, after = aggregate.prefill(x, N)
+        state, recurrent = jax.lax.scan(aggregate.step, aggregate.init_state(N), x)
+        mixed = aggregate.apply_mixing(x, aggregate.mixing(x))
+        some = aggregate.readout(aggregate.mixing(x, rows=rows) @ aggregate.values(x), x[rows])
+        return parallel, recurrent, mixed, some, after.S, state.S
+
+    def errors(parallel, recurrent, mixed, some, after, state):
+        assert float(jnp.abs(parallel).max()) < 10
+        pairs = (recurrent, parallel), (mixed, parallel), (some, parallel[rows]), (after, state)
+        return [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs]
+
+    x = normal(4, N, D)
+    assert max(errors(*forms(aggregate, x))) < 1e-4
+    with float64():
+        assert max(errors(*forms(to64(aggregate), to64(x)))) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["head", "channel", "delta-channel"])
+def test_the_chunk_is_no_matter_and_decays_may_be_0_and_1(kind, x64):
+    N, K, V = 11, 3, 2
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.array(rng.normal(size=(N, n))) for n in (K, K, V))
+    beta = jnp.array(rng.uniform(size=(N, 1))) if "delta" in kind else None
+    if beta is not None:
+        k = _linear.direction(k)
+    g = -rng.exponential(size=(N, K if "channel" in kind else 1))
+    g[4], g[7], g[8], g[9, 0] = 0, -np.inf, -1e5, -np.inf
+    g = jnp.array(g)
+
+    def steps(q, k, g, beta, v):
+        def step(S, at):
+            return _linear.forward(S, *at)
+
+        S, y = jax.lax.scan(step, jnp.zeros((K, V)), (q, k, g, beta, v))
+        return y, S
+
+    def loss(form, *given):
+        y, S = form(*given)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(S)), (y, S)
+
+    def run(form):
+        arguments = tuple(range(1, 6) if beta is not None else (1, 2, 3, 5))
+        grad = jax.value_and_grad(loss, arguments, has_aux=True)
+        (_, out), slopes = jax.jit(grad, static_argnums=0)(form, q, k, g, beta, v)
+        return out, slopes
+
+    reference = run(steps)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(reference))
+    for chunk in (1, 4, 64):
+        got = run(functools.partial(_linear.chunked, chunk=chunk))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, reference)
+    A = _linear.backward(jnp.arange(N), q, k, g, beta)
+    np.testing.assert_allclose(A @ v, reference[0][0], atol=1e-12)
+    if "channel" not in kind:
+        assert not np.array(A)[7:, :7].any()  # a decay of 0 forgets everything
+
+
+@pytest.mark.parametrize("name", ["gated_linear_attention", "gated_delta_net"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_decays_that_reach_0_and_1_in_the_model(name, sign):
+    aggregate = build(name)
+    field = "decay_up" if name == "gated_linear_attention" else "decay"
+    linear = getattr(aggregate, field)
+    far = dataclasses.replace(linear, bias=jnp.full_like(linear.bias, sign * 1e5))
+    aggregate = dataclasses.replace(aggregate, **{field: far})
+    A, grads = jax.jit(lambda a, x: (a.mixing(x), jax.grad(lambda a, x: a(x).sum(), (0, 1))(a, x)))(aggregate, 30 * X)
+    forgets = sign == (-1 if name == "gated_linear_attention" else 1)
+    assert bool(np.tril(np.array(A), -1).any()) != forgets
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
 def test_alibi_slopes_of_the_paper():
@@ -232,6 +401,18 @@ def test_unknown_names_and_impossible_choices_say_so():
     for name, choices in (("attention", {"heads": 3}), ("fixed_mixing", {"heads": 3})):
         with pytest.raises(ConfigError, match="heads: expected a divisor of width = 16"):
             jw.aggregates.config(name, **choices).init(width=16, max_length=4, layer=0, depth=1, key=jax.random.key(0))
+    for name in LINEAR:
+        for what in ("chunk", "heads", "key_width"):
+            with pytest.raises(ConfigError, match=f"{what}: expected at least 1, got 0"):
+                jw.aggregates.config(name, **{what: 0})
+        with pytest.raises(ConfigError, match=r"divisor of width = 16 \(or key_width and value_width given\), got 3"):
+            jw.aggregates.config(name, heads=3).init(width=16, max_length=4, layer=0, depth=1, key=jax.random.key(0))
+    with pytest.raises(ConfigError, match="key_width: expected an even number, as queries are rotated in pairs, got 1"):
+        jw.aggregates.config("retention", heads=16).init(
+            width=16, max_length=4, layer=0, depth=1, key=jax.random.key(0)
+        )
+    with pytest.raises(ConfigError, match="decay_rank: expected at least 1, got 0"):
+        jw.aggregates.config("gated_linear_attention", decay_rank=0)
     with pytest.raises(ConfigError, match="even head width"):
         jw.aggregates.config("attention", heads=16, positions="rope").init(
             width=16, max_length=4, layer=0, depth=1, key=jax.random.key(0)

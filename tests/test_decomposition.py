@@ -35,9 +35,15 @@ MODELS = {
     "parallel": {"placement": "parallel", "filter": jw.MLPConfig(activation="gelu_tanh")},
     "no-filter": {"filter": None, "aggregate": ("attention", "causal_mean")},
     "sinusoidal": {"positions": "sinusoidal", "aggregate": "fixed_mixing", "scan": True},
+    "recurrences": {"aggregate": ("retention", "gated_delta_net"), "filter": None},
+    "recurrences-post": {
+        "aggregate": ("gated_linear_attention", "delta_net", "linear_attention"),
+        "depth": 3,
+        "placement": "post",
+    },
     "no-layers": {"depth": 0},
 }
-QUICK = ("pre-gated", "pre-rms-nobias", "post", "parallel")
+QUICK = ("pre-gated", "pre-rms-nobias", "post", "parallel", "recurrences")
 each = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 CUTS = {
     "token": d.decompose,
@@ -150,13 +156,27 @@ def frozen_context(model, walk, vectors):
         opened = np.asarray(jw.filters.GATES[module.activation](jnp.asarray(gate)))
         return linear(module.down, opened * (gate if hasattr(module, "gate") else 1) * linear(module.up, x))
 
+    def readout(aggregate, h_was, y_was, y):
+        """Combined values `y` [G, T, K] read out with the gates of `h_was` and the norms per head of `y_was`."""
+        name = type(aggregate).__name__
+        if name in ("Retention", "GatedLinearAttention"):
+            y, y_was = (a - a.mean(-1, keepdims=True) for a in (y, y_was))
+        if name in ("Retention", "GatedLinearAttention", "DeltaNet", "GatedDeltaNet"):
+            y = y / np.sqrt((y_was**2).mean(-1, keepdims=True) + 1e-5)
+        y = y.transpose(1, 0, 2).reshape(y.shape[1], -1)
+        if hasattr(aggregate, "gate"):
+            gate = linear(aggregate.gate, h_was)
+            y = gate / (1 + np.exp(-gate)) * y
+        return linear(aggregate.out, y)
+
     x = vectors + np.asarray(model.position_vectors(T))
     for number, layer in enumerate(model.layers):
         post, parallel = layer.placement == "post", layer.placement == "parallel"
         s = 2 * number
         h = x if post else norm(layer.aggregate_norm, walk.stations[s], x)
-        mixed = walk.mixing[number] @ np.asarray(layer.aggregate.values(jnp.asarray(h)))
-        after = x + np.asarray(layer.aggregate.readout(jnp.asarray(mixed), jnp.asarray(h)))
+        h_was = walk.stations[s] if post else norm(layer.aggregate_norm, walk.stations[s], walk.stations[s])
+        y, y_was = (walk.mixing[number] @ np.asarray(layer.aggregate.values(jnp.asarray(a))) for a in (h, h_was))
+        after = x + readout(layer.aggregate, h_was, y_was, y)
         after = norm(layer.aggregate_norm, sums[s], after) if post else after
         if layer.filter is not None:
             was, source = (walk.stations[s], x) if parallel else (walk.stations[s + 1], after)

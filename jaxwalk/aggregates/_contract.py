@@ -1,7 +1,7 @@
 """The contract of an aggregate, and the conventions of document segments that all of them share."""
 
 import abc
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,15 @@ class Aggregate(nnx.Module, abc.ABC):
     none after it; nothing crosses a border of segments; a prefix gives the prefix of the output.
 
     An implementation gives `values`, `mixing`, `readout`, `init_state`, `prefill` and `step`, and `__call__`
-    where it has a faster parallel form.
+    where it has a faster parallel form; and it declares two facts, `granularity` and `kind`.
     """
+
+    granularity: ClassVar[Literal["head", "channel", "state"]]
+    """What has an A of its own: a head, whose K channels of values share it; a channel, so that K = 1; or an element of
+    the state, where a channel is the sum of several."""
+    kind: ClassVar[Literal["exact", "conditional", "none"]]
+    """What A says. exact: y = A v where v_j is a function of position j alone, so that A is all that passes between
+    positions. conditional: y = A v holds, but v_j itself depends on positions before j. none: there is no such A."""
 
     @abc.abstractmethod
     def values(self, x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "G T K"]:

@@ -86,6 +86,9 @@ class Attention(Aggregate):
     Keys and values of a group are shared by its query heads, in order: head h uses group h // (heads / kv_heads).
     """
 
+    granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
+    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+
     qkv: Linear = nnx.data()
     """Queries, keys and values of all heads, in this order, from one matrix."""
     out: Linear = nnx.data()

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ class State(NamedTuple):
 @module
 class CausalMean(Aggregate):
     """A_ij = 1 / i for j <= i, i counted from 1 in each document. G = 1. Kind of A: exact, the same for all inputs."""
+
+    granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
+    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
 
     value: Linear = nnx.data()
     out: Linear = nnx.data()

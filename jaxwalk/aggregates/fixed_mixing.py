@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,9 @@ class FixedMixing(Aggregate):
 
     Kind of A: exact, the same for all inputs. Positions beyond the table give NaN.
     """
+
+    granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
+    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
 
     logits: Float[Array, "G M M"] = nnx.data()
     value: Linear = nnx.data()

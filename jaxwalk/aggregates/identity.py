@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ class State(NamedTuple):
 @module
 class Identity(Aggregate):
     """A = I. G = 1. Kind of A: exact, the same for all inputs."""
+
+    granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
+    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
 
     value: Linear = nnx.data()
     out: Linear = nnx.data()

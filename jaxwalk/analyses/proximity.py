@@ -356,11 +356,11 @@ def summarise(sums: Float[np.ndarray, "... columns"]) -> Float[np.ndarray, "... 
 
 # Rotation.
 
-READS = {"qkv", "value", "gate", "up"}
+READS = {"qkv", "value", "gate", "up", "beta", "decay"}
 """Maps of an aggregate or a filter that read the stream."""
 WRITES = {"out", "down"}
 """Maps that write to it."""
-WITHIN = {"q_norm", "k_norm", "logits"}
+WITHIN = {"q_norm", "k_norm", "logits", "decay_up", "log_rate"}
 """Parameters that never meet the stream."""
 
 

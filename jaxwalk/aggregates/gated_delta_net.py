@@ -1,0 +1,62 @@
+"""Gated DeltaNet (Yang et al., arXiv 2412.06464): the delta rule in a state that decays as the token says."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxwalk.aggregates._linear import Coefficients, LinearAggregate, LinearConfig, direction, standardised
+from jaxwalk.filters import Linear, held, module, wide
+
+
+@dataclass(frozen=True)
+class Config(LinearConfig):
+    """The gated delta rule. By default K = V = width / heads."""
+
+    name: ClassVar[str] = "gated_delta_net"
+
+    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "GatedDeltaNet":
+        K, V = self._widths(width)
+        key_qkv, key_beta, key_decay, key_gate, key_out, key_rate, key_bias = jax.random.split(key, 7)
+        decay = Linear.init(width, self.heads, bias=False, key=key_decay)
+        # As in Mamba-2, whose decays these are: steps from 0.001 to 0.1 and rates from 1 to 16.
+        low, high = math.log(0.001), math.log(0.1)
+        steps = jnp.exp(jax.random.uniform(key_bias, (self.heads,), jnp.float32, low, high))
+        return GatedDeltaNet(
+            qkv=Linear.init(width, self.heads * (2 * K + V), bias=self.bias, key=key_qkv),
+            beta=Linear.init(width, self.heads, bias=self.bias, key=key_beta),
+            decay=Linear(decay.weight, jnp.log(jnp.expm1(steps))),
+            log_rate=jnp.log(jax.random.uniform(key_rate, (self.heads,), jnp.float32, 1, 16)),
+            gate=Linear.init(width, self.heads * V, bias=self.bias, key=key_gate),
+            out=Linear.init(self.heads * V, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
+            heads=self.heads,
+            chunk=self.chunk,
+        )
+
+
+@module
+class GatedDeltaNet(LinearAggregate):
+    """S_i = d_i (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, d = exp(-rate * softplus(decay(x))), else as DeltaNet.
+
+    Kind of A: exact. The readout is out(swish(gate(x)) * RMSNorm(y)), head by head; held are the gate and 1/rms.
+    Short convolutions are left out, as in `delta_net`.
+    """
+
+    beta: Linear = nnx.data()
+    decay: Linear = nnx.data()
+    log_rate: Float[Array, " H"] = nnx.data()
+    gate: Linear = nnx.data()
+
+    def coefficients(self, x: Float[Array, "T D"], positions: Int[Array, " T"]) -> Coefficients:
+        q, k = (direction(jax.nn.silu(a)) for a in self.queries_and_keys(x))
+        beta, decay = (self.split(jax.vmap(linear)(x)) for linear in (self.beta, self.decay))
+        rate = jnp.exp(self.log_rate.astype(wide(self.log_rate.dtype)))
+        return Coefficients(q, k, -rate[:, None, None] * jax.nn.softplus(decay), jax.nn.sigmoid(beta))
+
+    def readout(self, y: Float[Array, "G T V"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
+        gate = held(jax.nn.silu(jax.vmap(self.gate)(x)), hold)
+        return jax.vmap(self.out)(gate * self.merge(standardised(y, centre=False, hold=hold)))

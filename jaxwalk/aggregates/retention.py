@@ -1,0 +1,59 @@
+"""Retention (Sun et al., arXiv 2307.08621): rotated queries and keys, and a fixed decay for each head."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxwalk.aggregates._linear import Coefficients, LinearAggregate, LinearConfig, standardised
+from jaxwalk.aggregates.attention import rotate
+from jaxwalk.config import ConfigError
+from jaxwalk.filters import Linear, held, module
+
+THETA = 10000.0  # of the rotation, as in the paper's code
+
+
+@dataclass(frozen=True)
+class Config(LinearConfig):
+    """Multi-scale retention. By default K = width / heads and, as in the paper, V = 2 K."""
+
+    name: ClassVar[str] = "retention"
+
+    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "Retention":
+        K, V = self._widths(width, values=2)
+        if K % 2:
+            raise ConfigError(f"key_width: expected an even number, as queries are rotated in pairs, got {K}.")
+        key_qkv, key_gate, key_out = jax.random.split(key, 3)
+        return Retention(
+            qkv=Linear.init(width, self.heads * (2 * K + V), bias=self.bias, key=key_qkv),
+            gate=Linear.init(width, self.heads * V, bias=self.bias, key=key_gate),
+            out=Linear.init(self.heads * V, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
+            heads=self.heads,
+            chunk=self.chunk,
+        )
+
+
+@module
+class Retention(LinearAggregate):
+    """A_ij = d^(i-j) q_i . k_j / sqrt(K), q and k rotated by position, d = 1 - 2^(-5-h) in head h = 0, 1, ...
+
+    Kind of A: exact. The readout is out(swish(gate(x)) * GroupNorm(y)), a head to a group; held are the gate and 1/std.
+    The paper's normalisations of the rows of A are left out, as GroupNorm undoes them.
+    """
+
+    gate: Linear = nnx.data()
+
+    def coefficients(self, x: Float[Array, "T D"], positions: Int[Array, " T"]) -> Coefficients:
+        q, k = (rotate(a, positions, THETA) for a in self.queries_and_keys(x))
+        log_decay = jnp.log1p(-(2.0 ** -(5 + jnp.arange(self.heads, dtype=q.dtype))))
+        return Coefficients(
+            q / math.sqrt(q.shape[-1]), k, jnp.broadcast_to(log_decay[:, None, None], (*q.shape[:2], 1))
+        )
+
+    def readout(self, y: Float[Array, "G T V"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
+        gate = held(jax.nn.silu(jax.vmap(self.gate)(x)), hold)
+        return jax.vmap(self.out)(gate * self.merge(standardised(y, centre=True, hold=hold)))
