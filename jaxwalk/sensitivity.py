@@ -7,7 +7,6 @@ space, in which token vectors and context vectors are.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
