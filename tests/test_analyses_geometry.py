@@ -269,14 +269,14 @@ def test_parameters_of_an_unknown_side_are_refused():
     class Strange:
         value: Linear
         out: Linear
-        decay: Linear
+        elsewhere: Linear
 
     @dataclasses.dataclass
     class Bare:
         table: Linear | None = None
 
     linear = Linear(jnp.ones((4, 4)), None)
-    with pytest.raises(NotApplicable, match=r"Strange .*: decay"):
+    with pytest.raises(NotApplicable, match=r"Strange .*: elsewhere"):
         proximity._rotate_maps(Strange(linear, linear, linear), np.eye(4), np.ones(4), None)
     with pytest.raises(NotApplicable, match="Bare has no maps"):
         proximity._rotate_maps(Bare(), np.eye(4), np.ones(4), None)

@@ -77,9 +77,7 @@ class Subject:
 
     def symbol(self, token: int | np.integer) -> str:
         """How one token is shown. Untrusted text: escape it where it meets HTML."""
-        if self.vocabulary is not None:
-            return self.vocabulary.symbol(int(token))
-        return str(token) if self.world is None else self.world.symbols[int(token)]
+        return str(token) if self.vocabulary is None else self.vocabulary.symbol(int(token))
 
     @property
     def title(self) -> str:
