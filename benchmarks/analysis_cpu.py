@@ -11,9 +11,9 @@ PyTorch 2.13.0, the faster of two or three rounds in turns:
     gradient  PyTorch 3.40 s, jaxwalk 2.93 s: 1.16
     paths     beam search 1.23 s, top_paths 3.60 s with the beam's budget, and 14.1 s until all 32 are certified
 
-The results agree to 2e-5, scores of -1400 nats to 1e-4. The aims of 2, 2 and 1.5, and of twice the beam's time for paths,
-are not reached. The law of these random weights is flat: the 32 paths hold 0.037 of the probability, the beam's 0.036.
-Influence takes both many minutes and was not measured to the end.
+The results agree to 2e-5, scores of -1400 nats to 1e-4. The aims of 2, 2 and 1.5, and of twice the beam's time for
+paths, are not reached. The law of these random weights is flat: the 32 paths hold 0.037 of the probability, the beam's
+0.036. Influence takes both many minutes and was not measured to the end.
 """
 
 import argparse
@@ -199,7 +199,7 @@ def torch_task(task: str, contender: str) -> Callable[[], Any]:
 
 
 def work(task: str, contender: str, results: str) -> None:
-    """Do the task once for each line that comes in, and answer with its wall and CPU seconds; then save what it gave."""
+    """Do the task once for each line that comes in, answer with its wall and CPU seconds; then save what it gave."""
     run = (torch_task if contender.startswith("torch") else jaxwalk_task)(task, contender)
     if task != "influence":  # which is compiled, and takes minutes
         run()
