@@ -335,7 +335,7 @@ class _Target:
         def aggregate(layer: Layer, x: Array) -> Array:
             h = layer.source(x, layer.aggregate_norm, hold=True)
             A = lax.stop_gradient(layer.aggregate.mixing(h, segments=self.segments))
-            return layer.aggregate.apply_mixing(h, A, hold=True)[self.at]
+            return layer.aggregate.apply_mixing(h, A, self.segments, hold=True)[self.at]
 
         def filter(layer: Layer, x: Array) -> Array:
             if layer.filter is None or layer.filter_norm is None:
@@ -432,7 +432,8 @@ def _by_head(target: _Target, number: int) -> HeadDecomposition:
     layer, at = target.model.layers[number], target.at
     aggregate = layer.aggregate
     h = layer.source(target.walk.stations[2 * number], layer.aggregate_norm, hold=True)
-    parts = aggregate.mixing(h, at[None], target.segments)[:, 0, :, None] * aggregate.values(h, hold=True)  # [G, T, K]
+    values = aggregate.values(h, target.segments, hold=True)  # [G, T, K]
+    parts = aggregate.mixing(h, at[None], target.segments)[:, 0, :, None] * values
 
     def readout(aggregate: Any, y: Array) -> Array:
         return aggregate.readout(y[:, None], h[at][None], hold=True)[0]

@@ -254,7 +254,7 @@ class Transformer(nnx.Module):
                     return layer.aggregate(h, segments)
                 if number is not None and number in record_mixing:
                     recorded[number] = A
-                return layer.aggregate.apply_mixing(h, A, hold=hold)
+                return layer.aggregate.apply_mixing(h, A, segments, hold=hold)
 
             return layer(x, aggregate, edits, hold)
 

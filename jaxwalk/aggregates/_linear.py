@@ -123,7 +123,9 @@ class LinearAggregate(Aggregate):
         """The combined values from what the queries read."""
         return y
 
-    def values(self, x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "G T V"]:
+    def values(
+        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
+    ) -> Float[Array, "G T V"]:
         v = jax.vmap(_columns(self.qkv, slice(self._keys, None)))(x)
         return v.reshape(len(x), self.heads, -1).transpose(1, 0, 2)
 

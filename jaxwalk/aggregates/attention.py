@@ -127,7 +127,9 @@ class Attention(Aggregate):
         # A finite floor, as a row of a state may have nothing to see, and -inf - -inf is NaN in the gradient.
         return jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
 
-    def values(self, x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "G T K"]:
+    def values(
+        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
+    ) -> Float[Array, "G T K"]:
         first = (self.heads + self.kv_heads) * self.head_width
         bias = None if self.qkv.bias is None else self.qkv.bias[first:]
         v = jax.vmap(Linear(self.qkv.weight[:, first:], bias))(x)

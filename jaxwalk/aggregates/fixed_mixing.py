@@ -60,7 +60,9 @@ class FixedMixing(Aggregate):
     value: Linear = nnx.data()
     out: Linear = nnx.data()
 
-    def values(self, x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "G T K"]:
+    def values(
+        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
+    ) -> Float[Array, "G T K"]:
         return self._heads(jax.vmap(self.value)(x)).transpose(1, 0, 2)
 
     def _heads(self, v: Array) -> Array:

@@ -46,7 +46,9 @@ class Identity(Aggregate):
     value: Linear = nnx.data()
     out: Linear = nnx.data()
 
-    def values(self, x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "1 T D"]:
+    def values(
+        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
+    ) -> Float[Array, "1 T D"]:
         return jax.vmap(self.value)(x)[None]
 
     def mixing(
