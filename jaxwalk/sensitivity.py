@@ -22,7 +22,7 @@ from jaxwalk.transformer import Index, Segments, Tokens, Transformer, Walk, chec
 COMPILING = 2.5e11
 """How many products of a number and a weight take about as long as compiling a block of rows."""
 PASSED = 1 << 22
-"""How many numbers an array of the backward passes that run together may have."""
+"""How many numbers an array of the backward passes that run together may have, of at most 64 passes."""
 WRITTEN_OUT = 1 << 28
 """How many numbers the Jacobians of filters may have that are written out for `context_sensitivity`."""
 
@@ -104,13 +104,14 @@ def _sensitivity_rows(model: Transformer, tokens: Array, segments: Segments | No
     """The stated rows; zeros for those after the end."""
     T, D, dtype = len(tokens), model.width, model.token_vectors.dtype
     pull = _context_vjp(_filters_written_out(model, T), tokens, segments)
-    together = max(1, min(D, PASSED // (T * max(T, D))))
-    directions = jnp.arange(-(-D // together) * together).reshape(-1, together)
+    passes = -(-D // max(1, min(64, PASSED // (T * max(T, D)))))
+    together = -(-D // passes)
+    directions = jnp.arange(passes * together).reshape(passes, together)
 
     def row(t: Array) -> Array:
         def add(squares: Array, directions: Array) -> tuple[Array, None]:
-            unit = jnp.zeros((together, T, D), dtype).at[jnp.arange(together), t, directions].set(1, mode="drop")
-            return squares + jnp.sum(jax.vmap(pull)(unit) ** 2, axis=(0, 2)), None
+            unit = jnp.zeros((T, together, D), dtype).at[t, jnp.arange(together), directions].set(1, mode="drop")
+            return squares + jnp.sum(jax.vmap(pull, 1, 1)(unit) ** 2, axis=(1, 2)), None
 
         return jnp.sqrt(lax.scan(add, jnp.zeros(T, dtype), directions)[0])
 
