@@ -1,4 +1,5 @@
 """Analyse a trained model: python analyze.py runs/mess3 [--only proximity,narrowing] [--prompt "A B A"]
+Put runs side by side:  python analyze.py compare runs/mess3 runs/rrxor
 
 Every finding is printed beside its null or exact reference, and written to the run's folder: analysis/report.html
 (one page, needs no network), findings.json, arrays/*.npz and figures/*.png, *.svg.
@@ -13,6 +14,8 @@ from pathlib import Path
 
 def main() -> int:
     """The command line. Returns the exit status."""
+    if sys.argv[1:2] == ["compare"]:
+        return compare(sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -64,6 +67,35 @@ def main() -> int:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 1
     return 0 if whole else 1
+
+
+def compare(arguments: list[str]) -> int:
+    """The command line of `compare`. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="analyze.py compare",
+        description="Runs side by side: what they are, how they learned, and what analyze.py found in each.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="two or more runs' folders")
+    parser.add_argument("--out", type=Path, help="where to write; by default the folder `comparison` beside the first")
+    chosen = parser.parse_args(arguments)
+    out = chosen.out or chosen.runs[0].resolve().parent / "comparison"
+
+    from jaxwalk import comparison, report
+    from jaxwalk.checkpoint import CheckpointError
+    from jaxwalk.config import ConfigError
+
+    try:
+        compared = comparison.compare(chosen.runs)
+        written = report.write_comparison(compared, out)
+    except (ConfigError, CheckpointError, OSError) as error:
+        print(f"analyze.py: {error}", file=sys.stderr)
+        return 1
+    print(report.comparison_table(compared))
+    for notice in written.notices:
+        print(notice)
+    print(f"\nwritten: {written.paths.get('compare.html', out)}")
+    return 0
 
 
 def parsed(value: str) -> object:

@@ -76,7 +76,10 @@ def load_config(file: str, overrides: list[str]):
 
 
 def with_aggregate(config, overrides: list[str]):
-    """`config` with the aggregate of `--model.aggregate NAME`, and the overrides that are left."""
+    """`config` with the aggregate of `--model.aggregate NAME`, and the overrides that are left.
+
+    Several names, with commas between them, are cycled over the layers.
+    """
     option = "--model.aggregate"
     at = next((i for i, word in enumerate(overrides) if word == option or word.startswith(option + "=")), None)
     if at is None:
@@ -84,8 +87,9 @@ def with_aggregate(config, overrides: list[str]):
     from jaxwalk import aggregates
 
     end = at + 1 if "=" in overrides[at] else at + 2
-    name = overrides[at].partition("=")[2] or "".join(overrides[at + 1 : end])
-    model = dataclasses.replace(config.model, aggregate=aggregates.config(name))
+    names = overrides[at].partition("=")[2] or "".join(overrides[at + 1 : end])
+    chosen = tuple(aggregates.config(name.strip()) for name in names.split(","))
+    model = dataclasses.replace(config.model, aggregate=chosen if len(chosen) > 1 else chosen[0])
     return dataclasses.replace(config, model=model), overrides[:at] + overrides[end:]
 
 

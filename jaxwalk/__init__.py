@@ -89,6 +89,7 @@ _SUBMODULES = (
     "analyses",
     "attribution",
     "checkpoint",
+    "comparison",
     "config",
     "decomposition",
     "filters",

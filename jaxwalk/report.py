@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxwalk.analyses._finding import Figure, Finding, Series
+from jaxwalk.analyses._finding import Cell, Comparison, Figure, Finding, Series
 
 INSTALL = "pip install 'jaxwalk[report]'"
 OPENING = "belief_geometry"
@@ -171,6 +171,39 @@ def _table_of(finding: Finding, width: int) -> str:
     return "\n".join(lines)
 
 
+def comparison_table(compared: Comparison, *, width: int | None = None) -> str:
+    """Runs side by side as text: a column for each run; as many at a time as the terminal is wide enough for."""
+    width = max(40, shutil.get_terminal_size((100, 24)).columns if width is None else width)
+    lines = [line for note in compared.notes for line in _hanging("note: ", _visible(note), width)]
+    for section in compared.sections:
+        lines += ["", _visible(section.name)]
+        if section.claim:
+            lines += _hanging("  claim  ", _visible(section.claim), width)
+        heads = [f"{'    vs ' if row.against else '  '}{_cut(row.name, 40)}" for row in section.rows]
+        cells = [[_cut(text, 32) for text in map(_cell, row.cells)] for row in section.rows]
+        first = max(map(len, heads))
+        columns = [max(len(_cut(name, 32)), *(len(row[n]) for row in cells)) for n, name in enumerate(compared.names)]
+        at = 0
+        while at < len(columns):
+            end = at + 1
+            while end < len(columns) and first + sum(columns[at : end + 1]) + 2 * (end + 1 - at) <= width:
+                end += 1
+            texts = [[_cut(name, 32) for name in compared.names], *cells]
+            for head, row in zip(["", *heads], texts, strict=True):
+                shown = "".join(f"  {row[n]:>{columns[n]}}" for n in range(at, end))
+                lines.append(f"{head:<{first}}{shown}".rstrip())
+            at = end
+    against = "the null, or the exact reference, that the number above is held against."
+    lines += ["", *_hanging("vs: ", against, width)]
+    return "\n".join(lines).strip("\n")
+
+
+def _cell(cell: Cell) -> str:
+    if isinstance(cell.value, str):
+        return _visible(cell.value)
+    return f"{_number(cell.value)} {_interval(cell.interval)}".strip()
+
+
 # Files.
 
 
@@ -229,60 +262,45 @@ def write(
     rest is written, and a notice says what was left out and why. Each file is replaced whole or not at all.
     Raises OSError if the folder cannot be written.
     """
-    findings, folder = tuple(findings), Path(folder)
-    paths: dict[str, Path] = {}
-    notices: list[str] = []
-
-    def attempt(what: str, act: Callable[[], None], *files: str) -> None:
-        try:
-            act()
-        except ImportError as error:
-            notices.append(f"{what}: not drawn, {error}. To have it: {INSTALL}")
-        except OSError:
-            raise
-        except Exception as error:
-            notices.append(f"{what}: not drawn, {type(error).__name__}: {error}")
-        else:
-            paths.update((f, folder / f) for f in files)
-
-    with _replacing(folder / "findings.json") as draft:
-        data = [_plain(f.to_dict()) for f in findings]
-        draft.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    paths["findings.json"] = folder / "findings.json"
+    findings, files = tuple(findings), _Files(Path(folder))
+    files.json("findings.json", [_plain(f.to_dict()) for f in findings])
     for finding, name in zip(findings, _file_names((f.name, "finding") for f in findings), strict=True):
         if finding.arrays:
-            file = f"arrays/{name}.npz"
-            attempt(file, lambda file=file, f=finding: _write_arrays(folder / file, f.arrays), file)  # type: ignore[misc]
-
+            files.arrays(name, finding.arrays)
     plots = [_Plot(f, figure, f.arrays) for f in findings for figure in f.figures]
     plots += [_Plot(None, figure, arrays) for figure, arrays in _training_figures(training)]
-    for plot, name in zip(plots, _file_names((p.figure.name, p.owner) for p in plots), strict=True):
-        plot.file = name
-        try:
-            plot.layout = _lay_out(plot.figure, plot.arrays)
-            plot.spec = _interactive(plot.layout)
-        except Exception as error:
-            plot.problem = f"{type(error).__name__}: {error}"
-            notices.append(f"figure {name} of {plot.owner}: not drawn, {plot.problem}")
-    drawable = [p for p in plots if p.layout is not None]
+    files.figures(plots)
+    told = {} if facts is None else facts
+    files.page("report.html", lambda notices: _page(findings, skipped, plots, title=title, facts=told, notices=notices))
+    return Written(files.paths, tuple(files.notices))
 
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        if drawable:
-            notices.append(f"figures (PNG, SVG): not drawn, {error}. To have them: {INSTALL}")
-    else:
-        for plot in drawable:
-            files = [f"figures/{plot.file}.{ending}" for ending in ("png", "svg")]
-            attempt(files[0][:-4], lambda p=plot, f=files: _write_paper(p.layout, *(folder / n for n in f)), *files)  # type: ignore[misc]
 
-    def page() -> None:
-        text = _page(findings, skipped, plots, title=title, facts=facts or {}, notices=notices)
-        with _replacing(folder / "report.html") as draft:
-            draft.write_bytes(text.encode())
-
-    attempt("report.html", page, "report.html")
-    return Written(paths, tuple(notices))
+def write_comparison(compared: Comparison, folder: str | Path, *, title: str = "runs side by side") -> Written:
+    """Write `comparison.json`, `arrays/comparison.npz`, `figures/` and `compare.html` into `folder`."""
+    files = _Files(Path(folder))
+    sections = [
+        {
+            "name": section.name,
+            "claim": section.claim,
+            "rows": [
+                {
+                    "name": row.name,
+                    "against": row.against,
+                    "values": [cell.value for cell in row.cells],
+                    "intervals": [cell.interval for cell in row.cells],
+                }
+                for row in section.rows
+            ],
+        }
+        for section in compared.sections
+    ]
+    files.json("comparison.json", _plain({"runs": compared.names, "notes": compared.notes, "sections": sections}))
+    if compared.arrays:
+        files.arrays("comparison", compared.arrays)
+    plots = [_Plot(None, figure, compared.arrays) for figure in compared.figures]
+    files.figures(plots)
+    files.page("compare.html", lambda notices: _comparison_page(compared, plots, title))
+    return Written(files.paths, tuple(files.notices))
 
 
 _CURVES = (
@@ -409,6 +427,71 @@ class _Plot:
     @property
     def owner(self) -> str:
         return self.finding.name if self.finding else "training"
+
+
+class _Files:
+    """What is written into one folder: `paths`, by the path below it, and `notices` of what could not be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths: dict[str, Path] = {}
+        self.notices: list[str] = []
+
+    def attempt(self, what: str, act: Callable[[], None], *files: str) -> None:
+        """Do it; what cannot be drawn is noticed, what cannot be written raises."""
+        try:
+            act()
+        except ImportError as error:
+            self.notices.append(f"{what}: not drawn, {error}. To have it: {INSTALL}")
+        except OSError:
+            raise
+        except Exception as error:
+            self.notices.append(f"{what}: not drawn, {type(error).__name__}: {error}")
+        else:
+            self.paths.update((f, self.folder / f) for f in files)
+
+    def json(self, name: str, data: Any) -> None:
+        """Strict JSON."""
+        with _replacing(self.folder / name) as draft:
+            draft.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        self.paths[name] = self.folder / name
+
+    def arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """An .npz."""
+        file = f"arrays/{name}.npz"
+        self.attempt(file, lambda: _write_arrays(self.folder / file, arrays), file)
+
+    def figures(self, plots: Sequence[_Plot]) -> None:
+        """Lay out all, and draw them as PNG and SVG."""
+        for plot, name in zip(plots, _file_names((p.figure.name, p.owner) for p in plots), strict=True):
+            plot.file = name
+            try:
+                plot.layout = _lay_out(plot.figure, plot.arrays)
+                plot.spec = _interactive(plot.layout)
+            except Exception as error:
+                plot.problem = f"{type(error).__name__}: {error}"
+                self.notices.append(f"figure {name} of {plot.owner}: not drawn, {plot.problem}")
+        drawable = [p for p in plots if p.layout is not None]
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError as error:
+            if drawable:
+                self.notices.append(f"figures (PNG, SVG): not drawn, {error}. To have them: {INSTALL}")
+            return
+        for plot in drawable:
+            names = [f"figures/{plot.file}.{ending}" for ending in ("png", "svg")]
+            paths = [self.folder / name for name in names]
+            self.attempt(names[0][:-4], lambda p=plot, paths=paths: _write_paper(p.layout, *paths), *names)  # type: ignore[misc]
+
+    def page(self, name: str, text: Callable[[Sequence[str]], str]) -> None:
+        """An HTML page, which is told of what is missing."""
+
+        def write() -> None:
+            page = text(self.notices)
+            with _replacing(self.folder / name) as draft:
+                draft.write_bytes(page.encode())
+
+        self.attempt(name, write, name)
 
 
 def _lay_out(figure: Figure, arrays: Mapping[str, np.ndarray]) -> _Layout:
@@ -1212,6 +1295,8 @@ td { padding: 7px 14px 7px 0; border-top: 1px solid var(--edge); vertical-align:
 .numbers tr:not(.null) td:nth-child(2) { font-weight: 600; }
 .against div { padding-bottom: 3px; }
 .against b { font-weight: 600; white-space: nowrap; }
+.runs { width: auto; min-width: min(100%, 720px); }
+.runs td:not(:first-child), .runs th:not(:first-child) { text-align: right; padding-left: 22px; }
 details { margin-top: 14px; }
 summary { cursor: pointer; color: var(--soft); font-size: .92rem; }
 dl { display: grid; grid-template-columns: minmax(7em, max-content) 1fr; gap: 4px 18px; margin: 10px 0 0;
@@ -1328,25 +1413,13 @@ def _page(
     notices: Sequence[str],
 ) -> str:
     """The whole report as one HTML file. Raises ImportError without plotly."""
-    from plotly.offline import get_plotlyjs
-
-    library = get_plotlyjs().replace("\r\n", "\n")
     specs: list[dict[str, Any]] = []
 
     def plot(p: _Plot) -> str:
-        if p.layout is None or p.spec is None:
-            return f'<p class="problem">This figure was not drawn: {_html(p.problem)}</p>'
-        specs.append(p.spec)
-        notes = "".join(f'<p class="note">{_html(note)}</p>' for note in p.layout.notes)
-        return (
-            f'<div class="plot" role="img" aria-label="{_html(p.figure.title)}" data-figure="{len(specs) - 1}"'
-            f' data-file="{_html(p.file)}"></div>{notes}'
-        )
+        return _placed(p, specs)
 
     opening = _opening(plots)
-    body = [
-        f'<header><p class="brand">jaxwalk: movement through embedding space</p><h1>{_html(title)}</h1></header><main>'
-    ]
+    body = []
     if opening is not None:
         body.append(
             f'<figure class="card" id="picture"><figcaption>{_html(opening.figure.title)}</figcaption>{plot(opening)}'
@@ -1379,11 +1452,26 @@ def _page(
     if notices:
         items = "".join(f"<li>{_html(n)}</li>" for n in notices)
         body.append(f'<section class="card problem"><h2>Left out of this report</h2><ul>{items}</ul></section>')
-    body.append(
-        "</main><footer><p>The numbers of this page are in <code>findings.json</code> beside it, what the figures show "
-        "in <code>arrays/</code>, and the figures for print in <code>figures/</code>. Claims: S. S. Singh, Analyzing "
-        "Transformer Dynamics as Movement through Embedding Space, arXiv 2308.10874.</p></footer>"
+    return _document(title, "".join(body), specs, "findings.json")
+
+
+def _placed(p: _Plot, specs: list[dict[str, Any]]) -> str:
+    """Where a figure is drawn; what is drawn there is added to `specs`."""
+    if p.layout is None or p.spec is None:
+        return f'<p class="problem">This figure was not drawn: {_html(p.problem)}</p>'
+    specs.append(p.spec)
+    notes = "".join(f'<p class="note">{_html(note)}</p>' for note in p.layout.notes)
+    return (
+        f'<div class="plot" role="img" aria-label="{_html(p.figure.title)}" data-figure="{len(specs) - 1}"'
+        f' data-file="{_html(p.file)}"></div>{notes}'
     )
+
+
+def _document(title: str, body: str, specs: Sequence[Mapping[str, Any]], numbers: str) -> str:
+    """One HTML file that asks for no other. Raises ImportError without plotly."""
+    from plotly.offline import get_plotlyjs
+
+    library = get_plotlyjs().replace("\r\n", "\n")
     # "<" never appears in the data, so no text in it can end its element or start another.
     data = json.dumps(specs, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in (library, _SCRIPT)]
@@ -1398,12 +1486,38 @@ def _page(
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_html(title)} - jaxwalk</title><style>{_STYLE}</style></head><body>"
-        f"{''.join(body)}"
+        f'<header><p class="brand">jaxwalk: movement through embedding space</p><h1>{_html(title)}</h1></header>'
+        f"<main>{body}</main><footer><p>The numbers of this page are in <code>{numbers}</code> beside it, what the "
+        "figures show in <code>arrays/</code>, and the figures for print in <code>figures/</code>. Claims: S. S. "
+        "Singh, Analyzing Transformer Dynamics as Movement through Embedding Space, arXiv 2308.10874.</p></footer>"
         '<noscript><p class="problem">The figures of this page need JavaScript. The folder figures/ beside it has them '
         "as images.</p></noscript>"
         f'<script type="application/json" id="figures">{data}</script>'
         f"<script>{library}</script><script>{_SCRIPT}</script></body></html>\n"
     )
+
+
+def _comparison_page(compared: Comparison, plots: Sequence[_Plot], title: str) -> str:
+    specs: list[dict[str, Any]] = []
+    body = [f'<p class="card problem">{_html(note)}</p>' for note in compared.notes]
+    if plots:
+        body.append('<section class="card"><h2>Learning</h2>')
+        for p in plots:
+            body.append(f"<figure><figcaption>{_html(p.figure.title)}</figcaption>{_placed(p, specs)}</figure>")
+        body.append("</section>")
+    heads = "".join(f"<th>{_html(name)}</th>" for name in compared.names)
+    for section in compared.sections:
+        rows = ""
+        for row in section.rows:
+            mark = '<span class="vs">vs</span>' if row.against else ""
+            cells = "".join(f"<td>{_html(_cell(cell))}</td>" for cell in row.cells)
+            rows += f"<tr><td>{mark}{_html(row.name)}</td>{cells}</tr>"
+        claim = f'<p class="claim">{_html(section.claim)}</p>' if section.claim else ""
+        body.append(
+            f'<section class="card"><h2 class="name">{_html(section.name)}</h2>{claim}<div class="scroll">'
+            f'<table class="runs"><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></div></section>'
+        )
+    return _document(title, "".join(body), specs, "comparison.json")
 
 
 def _opening(plots: Sequence[_Plot]) -> _Plot | None:

@@ -280,6 +280,10 @@ class Transformer(nnx.Module):
         context = jax.vmap(functools.partial(self.context, hold=hold))(walked[-1])
         return Walk(walked, context, recorded, jnp.concatenate(moves))
 
+    def state_size(self, length: int) -> int:
+        """How many numbers decoding carries from token to token after `length` tokens, in all layers."""
+        return sum(layer.aggregate.state_size(length) for layer in self.layers)
+
     def position_vectors(self, length: int, segments: Segments | None = None) -> Float[Array, "T D"]:
         """What is added to the token vectors of a path of `length` tokens; zeros where a model has none."""
         if self.positions is None:

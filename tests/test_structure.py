@@ -35,6 +35,7 @@ LEVELS = {
     "training": 5,
     "sweep": 6,
     "analyses": 7,
+    "comparison": 8,
     "report": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

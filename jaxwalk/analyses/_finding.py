@@ -1,8 +1,8 @@
-"""What an analysis returns: numbers with their interval, their null and their conventions, never bare."""
+"""What analyses return: numbers with their interval, their null and their conventions, and runs side by side."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -110,3 +110,36 @@ class Finding:
             "null": {k: number(v) for k, v in self.null.items()},
             "conventions": dict(self.conventions),
         }
+
+
+class Cell(NamedTuple):
+    """A number of one run with its interval where it has one, or a text; nothing where the run has no such number."""
+
+    value: float | str | None
+    interval: tuple[float, float] | None = None
+
+
+class Row(NamedTuple):
+    """One quantity, of each run in turn. against: it is a null or an exact reference of the row above."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    against: bool = False
+
+
+class Section(NamedTuple):
+    """Rows that belong together, such as what one analysis measured; claim: what is said of them, or nothing."""
+
+    name: str
+    claim: str
+    rows: tuple[Row, ...]
+
+
+class Comparison(NamedTuple):
+    """Runs side by side. notes: what a reader must know before comparing them, such as that their data differ."""
+
+    names: tuple[str, ...]
+    sections: tuple[Section, ...]
+    notes: tuple[str, ...]
+    figures: tuple[Figure, ...]
+    arrays: Mapping[str, np.ndarray]
