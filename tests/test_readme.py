@@ -1,18 +1,26 @@
 """The README keeps its word: its examples run, its links lead somewhere, its tables name what there is."""
 
+import dataclasses
+import io
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxwalk as jw
+from jaxwalk import training
+from jaxwalk.checkpoint import read_metrics
+from tests.test_training import small
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    section = README.partition("## Compose it")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     assert len(blocks) == 6
     names: dict = {}
     for block in blocks:
@@ -28,6 +36,29 @@ def test_the_examples_run():
     assert names["influence"].shape == (8, 16, 16)
     # An untrained model knows less than the world, on average over its paths.
     assert float(np.mean(names["regret"])) > 0
+
+
+def test_the_aggregate_of_the_recipe_trains_decodes_and_comes_apart(tmp_path, monkeypatch):
+    (recipe,) = re.findall(r"<!-- aggregate -->\n```python\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "fading_mean.py").write_text(recipe)
+    monkeypatch.setattr(jw.aggregates, "__path__", [*jw.aggregates.__path__, str(tmp_path)])
+    config = small()
+    model = dataclasses.replace(config.model, aggregate=jw.aggregates.config("fading_mean"))
+    training.train(dataclasses.replace(config, model=model), tmp_path / "run", out=io.StringIO())
+    losses = [row["eval_loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row]
+    assert losses[-1] < losses[0] - 0.01
+    model, _ = jw.load(tmp_path / "run")
+    assert type(model.layers[0].aggregate).__name__ == "FadingMean"
+    tokens = jnp.array([0, 1, 1, 0, 1, 0])
+    whole = jw.next_log_probs(model, tokens)
+    state = jw.init_state(model, 6)
+    for t, token in enumerate(tokens):
+        state, logits = jw.step(model, state, token)
+        np.testing.assert_allclose(jax.nn.log_softmax(logits), whole[t], atol=1e-5)
+    documents = jw.next_log_probs(model, tokens, segments=jnp.array([1, 1, 1, 2, 2, 2]))
+    np.testing.assert_allclose(documents[3:], jw.next_log_probs(model, tokens[3:]), atol=1e-5)
+    assert jw.decompose(model, tokens).error < 1e-5
+    assert jw.decompose_heads(model, tokens, layer=0).by_head.shape == (model.width, 6, model.width)
 
 
 def test_links_and_tables():
