@@ -20,14 +20,14 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxwalk as jw
 from jaxwalk.analyses import Figure, Finding, Series, Subject
+from jaxwalk.analyses._statistics import crossed_means
 from jaxwalk.config import MLPConfig, OptimConfig, TextData, TrainConfig, WorldData
 
 CLAIM = "C6: attention adds an association bias to the composition of context vectors, which may be redundant."
@@ -38,7 +38,6 @@ RUNGS = {
     "identity": jw.aggregates.config("identity"),
 }
 FIXED = ("fixed_mixing", "causal_mean")
-RESAMPLES = 1000
 
 
 def config_of(name: str) -> TrainConfig:
@@ -94,38 +93,6 @@ def rungs_of(config: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
-def flops(config: jw.ModelConfig) -> float:
-    """Floating-point operations of scoring one path, as XLA counts them."""
-    model = jax.eval_shape(lambda: jw.init(config, jax.random.key(0)))
-    path = jax.ShapeDtypeStruct((config.max_length + 1,), jnp.int32)
-    return jax.jit(jw.path_log_prob).lower(model, path).cost_analysis()["flops"]
-
-
-class Data(NamedTuple):
-    """choosing, own: held-out paths [n, N], none in both. world, store: where they come from; one of them is None."""
-
-    choosing: np.ndarray
-    own: np.ndarray
-    world: Any = None
-    store: Any = None
-
-
-def held_out(config: TrainConfig, n: int) -> Data:
-    """n paths to choose the fixed A on, and n others; of text as many as there are: windows that do not overlap."""
-    N = config.model.max_length + 1
-    if isinstance(config.data, WorldData):
-        world = jw.worlds.make(config.data.world, **config.data.params)
-        key = jax.random.fold_in(jax.random.key(config.seed), 0x5EED)
-        rows = np.asarray(world.sample(key, 2 * n, N))
-        return Data(rows[:n], rows[n:], world=world)
-    store = jw.text.open_store(config.data)
-    windows = store.windows("validation", N)
-    whole = np.array([t for tokens, runs in windows for t, run in zip(tokens, runs, strict=True) if (run == 1).all()])
-    n = min(n, len(whole) // 2)
-    # Those of one document follow each other, so the two sets take turns.
-    return Data(whole[1::2][:n], whole[::2][:n], store=store)
-
-
 def finding_of(
     losses: Mapping[str, np.ndarray],
     choosing: Mapping[str, np.ndarray],
@@ -141,11 +108,7 @@ def finding_of(
     """
     S, n = losses["attention"].shape
     best = min(FIXED, key=lambda name: choosing[name].mean())
-    # Seeds and paths are crossed, not nested: every seed's model is scored on every path, and all rungs are.
-    rng = np.random.default_rng(0)
-    seeds = rng.multinomial(S, np.full(S, 1 / S), RESAMPLES) / S
-    paths = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
-    draws = {name: np.einsum("rs,sn,rn->r", seeds, loss, paths, optimize=True) for name, loss in losses.items()}
+    draws = {name: crossed_means(loss) for name, loss in losses.items()}
     ends = lambda values: tuple(float(end) for end in np.quantile(values, [0.025, 0.975]))
 
     means = {name: float(loss.mean()) for name, loss in losses.items()}
@@ -257,7 +220,7 @@ def finding_of(
 
 def ladder(config: TrainConfig, seeds: int, paths: int) -> list[Finding]:
     """Train all rungs on one data set. The finding, and the ladder inside the attention model of the first seed."""
-    data = held_out(config, paths)
+    data = jw.sweep.held_out(config, paths)
     losses, choosing, curves, facts, attention = {}, {}, {}, {}, None
     for name, rung in rungs_of(config).items():
         print(f"{config.name}: {name}, {seeds} seeds", flush=True)
@@ -269,7 +232,7 @@ def ladder(config: TrainConfig, seeds: int, paths: int) -> list[Finding]:
         facts[name] = {
             "parameters": jw.sweep.count_parameters(rung.model),
             "hidden": rung.model.filter.hidden,
-            "flops": flops(rung.model),
+            "flops": jw.sweep.flops(rung.model),
         }
         attention = swept if name == "attention" else attention
 

@@ -9,9 +9,10 @@ Everything stays in memory: no checkpoints, no folder.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,10 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxwalk import training, transformer
-from jaxwalk.config import ConfigError, MLPConfig, ModelConfig, TrainConfig
+from jaxwalk import text, training, transformer, worlds
+from jaxwalk.config import ConfigError, MLPConfig, ModelConfig, TrainConfig, WorldData
 from jaxwalk.filters import Key, stream
-from jaxwalk.paths import step_log_probs
+from jaxwalk.paths import path_log_prob, step_log_probs
 from jaxwalk.transformer import Transformer
 
 
@@ -156,6 +157,45 @@ def held_out_losses(
 def _losses(models: Transformer, paths: Int[Array, "B N"]) -> Float[Array, "M B"]:
     one = lambda model, path: -step_log_probs(model, path).mean()
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(models, paths)
+
+
+class HeldOut(NamedTuple):
+    """Held-out paths [n, N] to choose with, and others, none in both, to report on.
+
+    world, store: where they come from; one of them is None.
+    """
+
+    choosing: Int[np.ndarray, "n N"]
+    own: Int[np.ndarray, "n N"]
+    world: Any = None
+    store: Any = None
+
+
+def held_out(config: TrainConfig, n: int) -> HeldOut:
+    """n paths of max_length + 1 tokens to choose with, and n others; of text as many as there are, none overlapping."""
+    N = config.model.max_length + 1
+    if isinstance(config.data, WorldData):
+        world = worlds.make(config.data.world, **config.data.params)
+        rows = np.asarray(world.sample(jax.random.fold_in(jax.random.key(config.seed), 0x5EED), 2 * n, N))
+        return HeldOut(rows[:n], rows[n:], world=world)
+    store = text.open_store(config.data)
+    windows = store.windows("validation", N)
+    whole = np.array([t for tokens, runs in windows for t, run in zip(tokens, runs, strict=True) if (run == 1).all()])
+    n = min(n, len(whole) // 2)
+    # Those of one document follow each other, so the two sets take turns.
+    return HeldOut(whole[1::2][:n], whole[::2][:n], store=store)
+
+
+def flops(config: ModelConfig) -> float:
+    """Floating-point operations of scoring one path of max_length + 1 tokens, as XLA counts them.
+
+    A scan's body counts once, however often it runs, which for recurrent aggregates is too few. NaN where the backend
+    does not count.
+    """
+    model = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    path = jax.ShapeDtypeStruct((config.max_length + 1,), jnp.int32)
+    counted = jax.jit(path_log_prob).lower(model, path).cost_analysis() or {}
+    return float(counted.get("flops", math.nan))
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import runpy
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -102,18 +101,6 @@ def test_rungs_differ_in_how_they_mix_and_in_nothing_else(association_ladder, na
         for config in rungs.values()
     ]
     assert all(config == alike[0] for config in alike)
-
-
-def test_held_out_windows_of_text_overlap_nowhere(association_ladder, tmp_path):
-    config = association_ladder["config_of"]("pydoc")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(tmp_path)))
-    data = association_ladder["held_out"](config, 4000)
-    assert len(data.own) == len(data.choosing) > 100
-    text = np.asarray(data.store.validation.tokens, np.int32)
-    there = Counter(text[i : i + 65].tobytes() for i in range(0, len(text), 65))  # a text may repeat itself
-    assert Counter(row.tobytes() for row in (*data.own, *data.choosing)) <= there
-    borders = data.store.validation.starts
-    assert not [row for row in data.own if (row[1:] == text[borders[0]]).any()], "a window lies in one document"
 
 
 def test_the_ladder_runs(association_ladder, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,34 @@ def test_held_out_losses_are_minus_log_p_per_token_of_each_path():
     for wrong in (paths[0], paths[:0], paths[:, :1]):
         with pytest.raises(ValueError, match=r"paths: expected \[n, N\]"):
             sweep.held_out_losses(stacked, wrong)
+
+
+def test_held_out_windows_of_text_overlap_nowhere(tmp_path):
+    data = TextData("pydoc", store=str(tmp_path))
+    data = sweep.held_out(config(data=data, model=jw.ModelConfig(257, 64, width=8, depth=1)), 4000)
+    assert len(data.own) == len(data.choosing) > 100
+    text = np.asarray(data.store.validation.tokens, np.int32)
+    there = Counter(text[i : i + 65].tobytes() for i in range(0, len(text), 65))  # a text may repeat itself
+    assert Counter(row.tobytes() for row in (*data.own, *data.choosing)) <= there
+    borders = data.store.validation.starts
+    assert not [row for row in data.own if (row[1:] == text[borders[0]]).any()], "a window lies in one document"
+
+
+def test_held_out_paths_of_a_world_are_none_that_trained():
+    chosen = config()
+    data = sweep.held_out(chosen, 5)
+    N = chosen.model.max_length + 1
+    assert data.own.shape == data.choosing.shape == (5, N)
+    assert not (data.own == data.choosing).all()
+    assert data.store is None
+    assert data.world.name == chosen.data.world
+
+
+def test_flops_grow_with_the_model():
+    config = jw.ModelConfig(5, 12, width=16, depth=1)
+    once, twice = (sweep.flops(dataclasses.replace(config, depth=depth)) for depth in (1, 2))
+    # A layer's matrices meet each of 12 positions, with a multiplication and an addition.
+    assert 2 * 12 * 12 * 16**2 < twice - once < 4 * 12 * 12 * 16**2
 
 
 FILTERS = [MLPConfig(), MLPConfig(gated=True, bias=False), (MLPConfig(hidden=7), None)]

@@ -56,6 +56,19 @@ def resampled_means(per_path: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.tensordot(weights, per_path, axes=1)
 
 
+def crossed_means(losses: np.ndarray, seed: int = 0) -> np.ndarray:
+    """[RESAMPLES]: means of [S, n] numbers, of every seed's model on every path, when both are resampled.
+
+    Seeds and paths are crossed, not nested. One `seed` gives the same resamples to arrays of one shape, so that
+    differences are paired.
+    """
+    S, n = losses.shape
+    rng = np.random.default_rng(seed)
+    seeds = rng.multinomial(S, np.full(S, 1 / S), RESAMPLES) / S
+    paths = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+    return np.einsum("rs,sn,rn->r", seeds, losses, paths, optimize=True)
+
+
 def percentiles(draws: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """The interval that holds the share `level` of the draws, the first axis: low and high."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
