@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxwalk as jw
 from jaxwalk.aggregates import _linear
@@ -195,6 +196,17 @@ def test_a_state_is_what_is_carried(variant):
     assert aggregate.state_size(T) == sum(a.size for a in carried)
     grows = aggregate.state_size(2 * T) - aggregate.state_size(T)
     assert grows == (0 if VARIANTS[variant][0] not in GROWS else grows) >= 0
+
+
+@each
+def test_eight_devices_compute_what_one_does(variant):
+    aggregate, x = build(variant), normal(5, 8, T, D)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    run = jax.jit(lambda a, x: jax.vmap(a)(x))
+    y = run(jax.device_put(aggregate, NamedSharding(mesh, PartitionSpec())), spread)
+    assert len(y.sharding.device_set) == 8
+    np.testing.assert_allclose(y, run(aggregate, x), atol=1e-5, rtol=1e-5)
 
 
 @each
