@@ -93,9 +93,7 @@ class TableAggregate(Aggregate):
         return State(values, position + 1), jnp.where(position < values.shape[1], y, jnp.nan)
 
 
-def entries(
-    table: Float[Array, "*G M M"], rows: Int[Array, " R"], columns: Int[Array, " C"]
-) -> Float[Array, "*G R C"]:
+def entries(table: Float[Array, "*G M M"], rows: Int[Array, " R"], columns: Int[Array, " C"]) -> Float[Array, "*G R C"]:
     """The table at these positions, in at least float32; NaN beyond it."""
     found = table.at[..., rows[:, None], columns[None, :]].get(mode="fill", fill_value=jnp.nan)
     return found.astype(wide(table.dtype))

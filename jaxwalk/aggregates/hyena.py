@@ -1,4 +1,4 @@
-"""Hyena (Poli et al., arXiv 2302.10866): long convolutions and gates in turn, with filters that a small network makes."""
+"""Hyena (Poli et al., arXiv 2302.10866): long convolutions, by filters that a network makes, and gates."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.aggregates._contract import Aggregate, causal_mask, runs_and_positions
 from jaxwalk.aggregates._convolution import ShortConvolution
 from jaxwalk.config import AggregateConfig
-from jaxwalk.filters import Key, Linear, module, wide
+from jaxwalk.filters import Key, Linear, module, stream, wide
 
 DECAYED = 0.01  # what windows decay to, at these shares of the longest lag: the slowest channel's and the fastest's
 SLOWEST, FASTEST = 1.5, 0.3
@@ -22,7 +22,7 @@ SLOWEST, FASTEST = 1.5, 0.3
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """The Hyena operator. Defaults as in the released language models."""
+    """The Hyena operator."""
 
     name: ClassVar[str] = "hyena"
     order: int = 2
@@ -86,9 +86,9 @@ class Filters(nnx.Module):
         widths = [1 + 2 * config.bands, *[config.filter_width] * 3, order * channels]
         bounds = [config.frequency, math.sqrt(6), math.sqrt(6), math.sqrt(6)]
         layers = []
-        for n, m, bound, key in zip(widths[:-1], widths[1:], bounds, jax.random.split(key, 4), strict=True):
-            both = jax.random.uniform(key, (n + 1, m), jnp.float32, -bound, bound) / math.sqrt(n)
-            layers.append(Linear(both[:-1], both[-1]))
+        for n, m, bound in zip(widths[:-1], widths[1:], bounds, strict=True):
+            both = jax.random.uniform(stream(key, f"{len(layers)}"), (n + 1, m), jnp.float32, -bound, bound)
+            layers.append(Linear(both[:-1] / math.sqrt(n), both[-1] / math.sqrt(n)))
         # With these weights, of variance 2 / n, and sines, of mean square 1/2, what the network gives has variance 1.
         energy = jnp.sum(_window(channels, max_length, max_length, jnp.float32) ** 2, axis=0)
         last = layers[-1].weight.reshape(-1, order, channels) * lax.rsqrt(energy)[None, None]
@@ -239,14 +239,16 @@ class Hyena(Aggregate):
         value_taps, z = self.value_convolution.step(state.value_taps, self.value(x))
         gate_taps, gates = self.gate_convolution.step(state.gate_taps, self.gate(x))
         # The filters do not depend on the state: a compiler makes them once for all steps.
+        taps = self._taps(length)
         lags = position - jnp.arange(length)
-        taps = jnp.where((lags >= 0)[None, :, None], self._taps(length)[:, lags], 0)
-        z, inputs = z.astype(taps.dtype), []
-        for h, gate, given in zip(taps, self._gates(gates[None])[:, 0], state.inputs, strict=True):
-            inputs.append(given.at[position].set(z, mode="drop"))
-            z = gate * jnp.sum(h * inputs[-1], axis=0)
+        before = jnp.where((lags > 0)[None, :, None], taps[:, lags], 0)
+        before, z, given = jnp.einsum("nte,nte->ne", before, state.inputs), z.astype(taps.dtype), []
+        for n, gate in enumerate(self._gates(gates[None])[:, 0]):
+            given.append(z)
+            z = gate * (before[n] + taps[n, 0] * z)
+        inputs = state.inputs.at[:, position].set(jnp.stack(given), mode="drop")
         y = self._out(z[None], position[None], x.dtype)[0]
-        return State(jnp.stack(inputs), value_taps, gate_taps, position + 1), jnp.where(position < length, y, jnp.nan)
+        return State(inputs, value_taps, gate_taps, position + 1), jnp.where(position < length, y, jnp.nan)
 
 
 def _by_channel(*by_convolution: Float[Array, "N T E"]) -> tuple[Float[Array, "E N T"], ...]:
