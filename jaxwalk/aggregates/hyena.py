@@ -85,7 +85,7 @@ class Filters(nnx.Module):
         """
         widths = [1 + 2 * config.bands, *[config.filter_width] * 3, order * channels]
         bounds = [config.frequency, math.sqrt(6), math.sqrt(6), math.sqrt(6)]
-        layers = []
+        layers: list[Linear] = []
         for n, m, bound in zip(widths[:-1], widths[1:], bounds, strict=True):
             both = jax.random.uniform(stream(key, f"{len(layers)}"), (n + 1, m), jnp.float32, -bound, bound)
             layers.append(Linear(both[:-1] / math.sqrt(n), both[-1] / math.sqrt(n)))
@@ -134,8 +134,8 @@ class Hyena(Aggregate):
     Nothing is held but A.
 
     Lags are counted in shares of `max_length`, and positions in each document; beyond `max_length` they give NaN. The
-    released code leaves out H_1, which makes of it one convolution less, adds biases to the short convolutions, which
-    would be values of their own here, and learns features and omega.
+    released code leaves out H_1, and so has one long convolution less; it adds biases to the short convolutions, which
+    would be values of their own here; and it learns features and omega.
     """
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"

@@ -9,10 +9,10 @@ from jaxwalk.worlds._parameters import require
 def parity(block: int = 4, p: float = 0.5) -> HiddenMarkov:
     """`block` random bits, 0 with probability `p`, then their sum modulo 2; and over again. 0 < p < 1, block >= 1.
 
-    With `block = 2` it is `rrxor` with p1 = p2 = p; longer blocks are what that is the shortest case of. As there, what
-    is hidden is the phase: a path may start anywhere in a block. Once the phase is known, a parity is certain for whoever
-    has counted all bits of its block, and, if p = 1/2, a coin for whoever has missed any one of them. There are
-    2 block + 1 states, a place in the block and the parity so far. Entropy rate block H(p) / (block + 1).
+    With `block = 2` it is `rrxor` with p1 = p2 = p. As there, what is hidden is the phase: a path may start anywhere in
+    a block. Once the phase is known, a parity is certain for whoever has counted all bits of its block, and, if
+    p = 1/2, a coin for whoever has missed any one of them. There are 2 block + 1 states, a place in the block and the
+    parity so far. Entropy rate block H(p) / (block + 1).
 
     Minsky & Papert 1969: no perceptron of less than full order computes it. Hahn 2020 (1906.06755): what it asks of
     attention. Shai et al. 2024 (2405.15943): RRXOR.
