@@ -27,13 +27,16 @@ VARIANTS = {name: (name, {}) for name in jw.aggregates.names()} | {
     "linear_attention-relu-bias-chunk5": ("linear_attention", {"features": "relu", "bias": True, "chunk": 5}),
     "gated_linear_attention-chunk5": ("gated_linear_attention", {"key_width": 3, "chunk": 5}),
     "gated_delta_net-heads2-bias-chunk5": ("gated_delta_net", {"heads": 2, "bias": True, "chunk": 5}),
+    "linear_mixer-heads2-nobias": ("linear_mixer", {"heads": 2, "bias": False}),
+    "gmlp-hidden6-nobias": ("gmlp", {"hidden": 6, "bias": False}),
+    "hyena-order3": ("hyena", {"order": 3, "taps": 2, "filter_width": 8, "bands": 2, "bias": False}),
 }
 # The rows of their A sum to one. Not with relu: a query of zeros looks nowhere.
 AVERAGES = {"attention", "causal_mean", "fixed_mixing", "identity", "linear_attention"}
 # Their state has something of each position.
-GROWS = {"attention", "fixed_mixing"}
+GROWS = {"attention", "fixed_mixing", "gmlp", "hyena", "linear_mixer"}
 # Their parallel form is a product of Fourier transforms, and causal to rounding.
-FOURIER: set[str] = set()
+FOURIER = {"hyena"}
 LINEAR = ("linear_attention", "retention", "gated_linear_attention", "delta_net", "gated_delta_net")
 each = pytest.mark.parametrize("variant", VARIANTS)
 X = normal(0, T, D)

@@ -24,6 +24,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "associative_recall small": ("associative_recall", {"keys": 2, "values": 2}),
     "induction small": ("induction", {"vocab_size": 3, "noise": 0.3}),
     "induction without noise": ("induction", {"vocab_size": 3, "noise": 0}),
+    "copy_after_delay small": ("copy_after_delay", {"letters": 2, "string": 1, "delay": 1}),
     "grammar small": ("grammar", {"rules": {"S": [[0.3, "S S"], [0.2, "a S b"], [0.5, "a"]]}}),
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in worlds.names()} | EXTRA
@@ -35,6 +36,8 @@ def world_of(case: str) -> Any:
     return worlds.make(name, **params)
 
 
+# Hidden Markov worlds whose paths start in a state of their own, not as if they had always run.
+STARTS_SOMEWHERE = {"dyck"}
 HIDDEN = [case for case in CASES if isinstance(world_of(case), HiddenMarkov)]
 # For what depends on the code alone: ordinary, with impossible paths, generalised.
 each_kind = pytest.mark.parametrize(
@@ -90,6 +93,10 @@ def hidden_path_prob(world: HiddenMarkov, path) -> float:
             prob *= world.transitions[v, i, j]
         total += prob * world.functional[states[-1]]
     return total
+
+
+def is_stationary(world: HiddenMarkov) -> bool:
+    return np.allclose(world.initial @ world.transitions.sum(0), world.initial, rtol=0, atol=1e-9)
 
 
 def exact_prob(world: World, path) -> float:
@@ -214,7 +221,7 @@ def test_beliefs(hidden):
     assert beliefs.shape == (13, hidden.num_states)
     np.testing.assert_allclose(beliefs @ hidden.functional, 1, atol=1e-9)
     np.testing.assert_allclose(beliefs[0], hidden.initial, atol=1e-12)
-    np.testing.assert_allclose(hidden.initial @ hidden.transitions.sum(0), hidden.initial, atol=1e-9)
+    assert is_stationary(hidden) == (hidden.name not in STARTS_SOMEWHERE)
     np.testing.assert_allclose(
         np.exp(steps), np.einsum("ti,vij,j->tv", beliefs, hidden.transitions, hidden.functional), atol=1e-12
     )
@@ -416,7 +423,7 @@ def test_ideal_loss_is_that_of_all_paths(hidden):
         expected.append(stats.entropy(joint.ravel()) - stats.entropy(joint.sum(1)))
     losses = np.asarray(hidden.ideal_loss(length))
     np.testing.assert_allclose(losses, expected, atol=2e-6)
-    assert (np.diff(losses) < 1e-5).all()  # the past never hurts in a stationary hidden
+    assert (np.diff(losses) < 1e-5).all() >= is_stationary(hidden)  # where the past never hurts
 
 
 def test_merging_beliefs_costs_no_more_than_it_says():
@@ -579,7 +586,7 @@ def test_params_hold_every_default():
 def test_the_worlds_that_others_compare_with_are_there():
     expected = (
         "mess3 z1r rrxor golden_mean even_process sns days_of_week leaky_rrxor random_hmm markov fanizza tom_quantum "
-        "associative_recall induction grammar"
+        "associative_recall induction grammar copy_after_delay parity dyck"
     )
     assert set(expected.split()) <= set(worlds.names())
 
