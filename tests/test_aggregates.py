@@ -26,6 +26,10 @@ VARIANTS = {name: (name, {}) for name in jw.aggregates.names()} | {
     "linear_attention-relu-bias-chunk5": ("linear_attention", {"features": "relu", "bias": True, "chunk": 5}),
     "gated_linear_attention-chunk5": ("gated_linear_attention", {"key_width": 3, "chunk": 5}),
     "gated_delta_net-heads2-bias-chunk5": ("gated_delta_net", {"heads": 2, "bias": True, "chunk": 5}),
+    "gru-hidden5-nobias": ("gru", {"hidden": 5, "bias": False}),
+    "lstm-hidden5-nobias": ("lstm", {"hidden": 5, "bias": False}),
+    "min_gru-positive-hidden5": ("min_gru", {"positive": True, "hidden": 5}),
+    "rwkv7-heads2-ranks": ("rwkv7", {"heads": 2, "rank": 3, "gate_rank": 5}),
 }
 # The rows of their A sum to one. Not with relu: a query of zeros looks nowhere.
 AVERAGES = {"attention", "causal_mean", "fixed_mixing", "identity", "linear_attention"}
