@@ -29,7 +29,7 @@ VARIANTS = {name: (name, {}) for name in jw.aggregates.names()} | {
     "gru-hidden5-nobias": ("gru", {"hidden": 5, "bias": False}),
     "lstm-hidden5-nobias": ("lstm", {"hidden": 5, "bias": False}),
     "min_gru-positive-hidden5": ("min_gru", {"positive": True, "hidden": 5}),
-    "rwkv7-heads2-ranks": ("rwkv7", {"heads": 2, "rank": 3, "gate_rank": 5}),
+    "rwkv7-heads2-ranks": ("rwkv7", {"heads": 2, "rank": 3, "gate_rank": 5, "chunk": 5}),
 }
 # The rows of their A sum to one. Not with relu: a query of zeros looks nowhere.
 AVERAGES = {"attention", "causal_mean", "fixed_mixing", "identity", "linear_attention"}

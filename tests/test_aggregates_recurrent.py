@@ -21,7 +21,7 @@ CHOICES = {
     "lstm": [{}, {"hidden": 5, "bias": False}],
     "min_gru": [{}, {"hidden": 5, "positive": True}],
     "rwkv4": [{}],
-    "rwkv7": [{}, {"heads": 2, "rank": 3, "gate_rank": 5}],
+    "rwkv7": [{}, {"heads": 2, "rank": 3, "gate_rank": 5, "chunk": 5}],
 }
 CASES = [pytest.param(name, choices, id=f"{name}-{i}") for name in NAMES for i, choices in enumerate(CHOICES[name])]
 TOKENS = np.array([1, 4, 0, 2, 2, 3, 1])
@@ -230,7 +230,7 @@ def test_impossible_choices_say_so():
     for name in ("gru", "lstm", "min_gru"):
         with pytest.raises(ConfigError, match="hidden: expected at least 1, got 0"):
             jw.aggregates.config(name, hidden=0)
-    for what in ("heads", "rank", "gate_rank"):
+    for what in ("heads", "rank", "gate_rank", "chunk"):
         with pytest.raises(ConfigError, match=f"{what}: expected at least 1, got 0"):
             jw.aggregates.config("rwkv7", **{what: 0})
     with pytest.raises(ConfigError, match="heads: expected a divisor of width = 16, got 3"):

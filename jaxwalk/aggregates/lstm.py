@@ -43,7 +43,7 @@ class Config(AggregateConfig):
 
 @module
 class LSTM(RecurrentNetwork):
-    """c_i = f_i c_(i-1) + in_i g_i, h_i = o_i tanh(c_i), where g = tanh(W x + b + U h) and in, f, o = sigmoid(likewise).
+    """c_i = f_i c_(i-1) + in_i g_i, h_i = o_i tanh(c_i), where g = tanh(W x + b + U h) in, f, o = sigmoid(likewise).
 
     A_ij = o_i (tanh(c_i) / c_i) (f_i ... f_(j+1)) in_j in each channel and v_j = g_j. Kind of A: conditional. Held are
     the three gates and tanh(a) / a of cell and candidate. The "vanilla" cell of Greff et al. (arXiv 1503.04069)
