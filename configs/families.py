@@ -33,8 +33,8 @@ DATA = {
 WIDTH, DEPTH, HIDDEN = 32, 2, 192  # of attention's MLPs, whose number of parameters all others are given
 RATES = (2e-3, 6e-3)
 PATHS = 512
-CHOICES = {"attention": {"positions": "rope"}}
-"""Beyond each family's defaults."""
+CHOICES: dict[str, dict[str, Any]] = {"attention": {"positions": "rope"}, "hyena": {"filter_width": 16}}
+"""Beyond each family's defaults. At its default the network that makes Hyena's filters is larger than all the rest."""
 
 
 def get_config(name: str = "associative_recall") -> TrainConfig:
@@ -142,7 +142,7 @@ def document(folder: Path) -> str:
     parts = [
         "# Families side by side",
         "",
-        f"Made by `python configs/families.py`: {DEPTH} layers of width {WIDTH}, each family with its defaults and "
+        f"Made by `python configs/families.py`: {DEPTH} layers of width {WIDTH}, each family with its defaults (attention with RoPE, Hyena's filters of width 16) and "
         "with as many parameters as attention with MLPs of "
         f"{HIDDEN}. State: how many numbers decoding carries at the longest path. A: whether the mixing matrix is all "
         "that passes between positions (exact), or the values read the past too (conditional). Two learning rates, one "

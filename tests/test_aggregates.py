@@ -30,6 +30,10 @@ VARIANTS = {name: (name, {}) for name in jw.aggregates.names()} | {
     "linear_mixer-heads2-nobias": ("linear_mixer", {"heads": 2, "bias": False}),
     "gmlp-hidden6-nobias": ("gmlp", {"hidden": 6, "bias": False}),
     "hyena-order3": ("hyena", {"order": 3, "taps": 2, "filter_width": 8, "bands": 2, "bias": False}),
+    "gru-hidden5-nobias": ("gru", {"hidden": 5, "bias": False}),
+    "lstm-hidden5-nobias": ("lstm", {"hidden": 5, "bias": False}),
+    "min_gru-positive-hidden5": ("min_gru", {"positive": True, "hidden": 5}),
+    "rwkv7-heads2-ranks": ("rwkv7", {"heads": 2, "rank": 3, "gate_rank": 5, "chunk": 5}),
 }
 # The rows of their A sum to one. Not with relu: a query of zeros looks nowhere.
 AVERAGES = {"attention", "causal_mean", "fixed_mixing", "identity", "linear_attention"}

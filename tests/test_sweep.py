@@ -142,7 +142,7 @@ FILTERS = [MLPConfig(), MLPConfig(gated=True, bias=False), (MLPConfig(hidden=7),
 @pytest.mark.parametrize("filter", FILTERS)
 @pytest.mark.parametrize("aggregate", jw.aggregates.names())
 def test_parameters_are_matched(aggregate, filter):
-    target = sweep.count_parameters(jw.ModelConfig(5, 12, width=32, depth=2))
+    target = sweep.count_parameters(jw.ModelConfig(5, 12, width=32, depth=2, filter=MLPConfig(hidden=512)))
     plain = jw.ModelConfig(5, 12, width=32, depth=2, aggregate=aggregate, filter=filter, tied=True)
     matched = sweep.match_parameters(plain, target)
     assert abs(sweep.count_parameters(matched) / target - 1) < 0.01

@@ -1,0 +1,197 @@
+"""The time-mixing of RWKV-4 (Peng et al., arXiv 2305.13048): an average that decays, gated by a receptance."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxwalk.aggregates._contract import Aggregate, causal_mask, runs_and_positions
+from jaxwalk.aggregates._convolution import moved_back, shifted
+from jaxwalk.config import AggregateConfig
+from jaxwalk.filters import Linear, module, wide
+
+
+@dataclass(frozen=True)
+class Config(AggregateConfig):
+    """The time-mixing of RWKV-4, as wide as the model."""
+
+    name: ClassVar[str] = "rwkv4"
+
+    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "RWKV4":
+        keys = jax.random.split(key, 4)
+        receptance, k, value = (Linear.init(width, width, bias=False, key=one) for one in keys[:3])
+        deep, shallow = layer / max(depth - 1, 1), 1 - layer / depth
+        channel = jnp.arange(width, dtype=jnp.float32)
+        share = channel / width
+        return RWKV4(
+            shares=jnp.stack([share ** (0.5 * shallow), share**shallow, share**shallow + 0.3 * deep]),
+            receptance=receptance,
+            key=k,
+            value=value,
+            log_rate=-5 + 8 * (channel / max(width - 1, 1)) ** (0.7 + 1.3 * deep),
+            bonus=math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1),
+            out=Linear.init(width, width, bias=False, gain=1 / math.sqrt(2 * depth), key=keys[3]),
+        )
+
+
+class Sums(NamedTuple):
+    """Sums over positions of exp(weight) v and of exp(weight), as exp(top) * numerator and exp(top) * denominator."""
+
+    top: Float[Array, "*n D"]
+    numerator: Float[Array, "*n D"]
+    denominator: Float[Array, "*n D"]
+
+
+class State(NamedTuple):
+    """The input before, and the sums in at least float32."""
+
+    before: Float[Array, " D"]
+    sums: Sums
+    position: Int[Array, ""]
+    length: Int[Array, ""]
+
+
+@module
+class RWKV4(Aggregate):
+    """out(sigmoid(r_i) * wkv_i), where wkv_i is the average of v_j for j <= i, each channel with weights of its own.
+
+    The weights are exp(k_j - (i - 1 - j) rate) for j < i, rate = exp(log_rate), and exp(bonus + k_i) for i itself. r,
+    k and v are linear in the mix share * x_i + (1 - share) * x_(i-1), with shares of their own ("token shift").
+
+    Kind of A: exact. G is twice the channels: value(share * x_j), with A_ij = sigmoid(r_i) times the weight over the
+    sum of weights, and value((1 - share) * x_j), with the same A moved back by a position. The readout adds the two.
+
+    Shares, decays and bonus start as in the paper, which starts the matrices of r, k and `out` at zero: they start as
+    elsewhere here. The channel-mixing of RWKV is a filter with a token shift, and not part of this.
+    """
+
+    granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
+    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+
+    shares: Float[Array, "3 D"] = nnx.data()
+    """Of the position itself in the mix, for r, k and v."""
+    receptance: Linear = nnx.data()
+    key: Linear = nnx.data()
+    value: Linear = nnx.data()
+    log_rate: Float[Array, " D"] = nnx.data()
+    bonus: Float[Array, " D"] = nnx.data()
+    out: Linear = nnx.data()
+
+    def _receptance_and_keys(self, x: Array, before: Array) -> tuple[Array, Array]:
+        r, k = self.shares[0][None], self.shares[1][None]
+        r = jax.vmap(self.receptance)(r * x + (1 - r) * before)
+        k = jax.vmap(self.key)(k * x + (1 - k) * before)
+        return jax.nn.sigmoid(r.astype(wide(x.dtype))), k.astype(wide(x.dtype))
+
+    def _mixed_values(self, x: Array, before: Array) -> Array:
+        share = self.shares[2][None]
+        return jax.vmap(self.value)(share * x + (1 - share) * before).astype(wide(x.dtype))
+
+    def _rate_and_bonus(self) -> tuple[Array, Array]:
+        dtype = wide(self.bonus.dtype)
+        return jnp.exp(self.log_rate.astype(dtype)), self.bonus.astype(dtype)
+
+    def values(
+        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
+    ) -> Float[Array, "G T 1"]:
+        share = self.shares[2][None]
+        own, before = jax.vmap(self.value)(share * x), jax.vmap(self.value)((1 - share) * x)
+        return jnp.concatenate([own, before], axis=1).T[..., None]
+
+    def mixing(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    ) -> Float[Array, "G R T"]:
+        columns = jnp.arange(len(x))
+        rows = columns if rows is None else rows
+        r, k = self._receptance_and_keys(x, shifted(x, 1, segments))
+        rate, bonus = self._rate_and_bonus()
+        past = (rows[:, None] - 1 - columns[None, :]).astype(k.dtype)[None]  # [1, R, T]; -1 at the position itself
+        weights = k.T[:, None] + jnp.where(past < 0, bonus[:, None, None], -rate[:, None, None] * past)
+        allowed = causal_mask(rows, columns, runs_and_positions(segments, len(x))[0])[None]
+        A = jax.nn.softmax(jnp.where(allowed, weights, jnp.finfo(k.dtype).min), axis=-1) * r[rows].T[..., None]
+        return jnp.concatenate([A, moved_back(A, 1, segments)])
+
+    def readout(self, y: Float[Array, "G R 1"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
+        own, before = jnp.split(y[..., 0].T, 2, axis=1)
+        return jax.vmap(self.out)(own + before)
+
+    def __call__(self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None) -> Float[Array, "T D"]:
+        return self._parallel(x, segments)[0]
+
+    def _parallel(self, x: Array, segments: Array | None) -> tuple[Array, Sums]:
+        before = shifted(x, 1, segments)
+        (r, k), v = self._receptance_and_keys(x, before), self._mixed_values(x, before)
+        rate, bonus = self._rate_and_bonus()
+        first = (runs_and_positions(segments, len(x))[1] == 0)[:, None]
+        sums = running(jnp.where(first, -jnp.inf, -rate[None]), Sums(k, v, jnp.ones_like(k)))
+        none = nothing(k)
+        past = jax.tree.map(lambda a, z: jnp.where(first, z, jnp.concatenate([z[:1], a[:-1]])), sums, none)
+        y = jax.vmap(self.out)((r * read(past, bonus[None] + k, v)).astype(x.dtype))
+        return y, jax.tree.map(lambda a: a[-1], sums)
+
+    def init_state(self, length: int) -> State:
+        before = jnp.zeros_like(self.bonus)
+        return State(before, nothing(before.astype(wide(before.dtype))), jnp.array(0), jnp.array(length))
+
+    def prefill(self, x: Float[Array, "P D"], length: int) -> tuple[Float[Array, "P D"], State]:
+        y, sums = self._parallel(x, None)
+        return y, State(x[-1], sums, jnp.array(len(x)), jnp.array(length))
+
+    def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
+        own, before = x[None], state.before[None]
+        (r, k), v = self._receptance_and_keys(own, before), self._mixed_values(own, before)
+        (r, k, v), (rate, bonus) = (r[0], k[0], v[0]), self._rate_and_bonus()
+        y = self.out((r * read(state.sums, bonus + k, v)).astype(x.dtype))
+        sums = added(state.sums, -rate, Sums(k, v, jnp.ones_like(k)))
+        position = state.position + 1
+        return State(x, sums, position, state.length), jnp.where(position <= state.length, y, jnp.nan)
+
+
+def nothing(like: Float[Array, "*n D"]) -> Sums:
+    """The sums over no positions."""
+    return Sums(jnp.full_like(like, -jnp.inf), jnp.zeros_like(like), jnp.zeros_like(like))
+
+
+def added(sums: Sums, log_decay: Float[Array, "*n D"], more: Sums) -> Sums:
+    """`sums`, decayed, and `more`, over the larger of their maxima, so that no exponential overflows.
+
+    What is common to both sums cancels, and so the maximum needs no derivative.
+    """
+    faded = sums.top + log_decay
+    top = lax.stop_gradient(jnp.maximum(faded, more.top))
+    old, new = jnp.exp(faded - top), jnp.exp(more.top - top)
+    return Sums(
+        top,
+        old * sums.numerator + new * more.numerator,
+        old * sums.denominator + new * more.denominator,
+    )
+
+
+def read(past: Sums, weight: Float[Array, "*n D"], v: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+    """The average over the past and the position itself."""
+    all_of_it = added(past, jnp.zeros_like(weight), Sums(weight, v, jnp.ones_like(v)))
+    return all_of_it.numerator / all_of_it.denominator
+
+
+def running(log_decay: Float[Array, "T D"], each: Sums) -> Sums:
+    """The sums up to each position: a scan on CPU, elsewhere an associative one."""
+
+    def one_by_one(log_decay: Array, each: Sums) -> Sums:
+        def step(sums: Sums, at: tuple[Array, Sums]) -> tuple[Sums, Sums]:
+            sums = added(sums, *at)
+            return sums, sums
+
+        return lax.scan(step, nothing(each.top[0]), (log_decay, each))[1]
+
+    def all_at_once(log_decay: Array, each: Sums) -> Sums:
+        def join(first: tuple[Array, Sums], second: tuple[Array, Sums]) -> tuple[Array, Sums]:
+            return first[0] + second[0], added(first[1], *second)
+
+        return lax.associative_scan(join, (log_decay, each))[1]
+
+    return lax.platform_dependent(log_decay, each, cpu=one_by_one, default=all_at_once)
