@@ -142,8 +142,9 @@ def document(folder: Path) -> str:
     parts = [
         "# Families side by side",
         "",
-        f"Made by `python configs/families.py`: {DEPTH} layers of width {WIDTH}, each family with its defaults (attention with RoPE, Hyena's filters of width 16) and "
-        "with as many parameters as attention with MLPs of "
+        f"Made by `python configs/families.py`: {DEPTH} layers of width {WIDTH}, each family with its defaults (but "
+        "attention with RoPE, and Hyena's filters made by a network of width 16) and with as many parameters as "
+        "attention with MLPs of "
         f"{HIDDEN}. State: how many numbers decoding carries at the longest path. A: whether the mixing matrix is all "
         "that passes between positions (exact), or the values read the past too (conditional). Two learning rates, one "
         "width and brief training are what these numbers are about: an order among families they are not.",

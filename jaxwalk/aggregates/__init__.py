@@ -1,7 +1,11 @@
 """Aggregates: how positions are combined. One file each, found by its name; one contract, `Aggregate`.
 
 A file `foo.py` here defines `Config`, an `AggregateConfig` with `name = "foo"`, whose `init` makes the module.
-That is all there is to adding one: the tests discover it and hold it to every law of the contract.
+That is all there is to adding one: the tests discover it and hold it to every law of the contract. It may lie in any
+folder that is appended to `jaxwalk.aggregates.__path__`.
+
+FNet (Lee-Thorp et al., arXiv 2105.03824) is not here: a Fourier transform over positions lets every position see the
+future, and cut to be causal it would no longer be FNet. `linear_mixer` and `fixed_mixing` mix by position alone.
 """
 
 import importlib
