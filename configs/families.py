@@ -26,12 +26,12 @@ DATA = {
     "associative_recall": (
         WorldData("associative_recall", {"keys": 4, "values": 4}),
         {"vocab_size": 8, "max_length": 16},
-        {"steps": 1500, "batch_size": 32},
+        {"steps": 1500, "batch_size": 64},
     ),
     "pydoc": (TextData("pydoc"), {"vocab_size": 257, "max_length": 32}, {"steps": 500, "batch_size": 32}),
 }
 WIDTH, DEPTH, HIDDEN = 32, 2, 192  # of attention's MLPs, whose number of parameters all others are given
-RATES = (2e-3, 6e-3)
+RATES = (3e-3, 6e-3)
 PATHS = 512
 CHOICES: dict[str, dict[str, Any]] = {"attention": {"positions": "rope"}, "hyena": {"filter_width": 16}}
 """Beyond each family's defaults. At its default the network that makes Hyena's filters is larger than all the rest."""
