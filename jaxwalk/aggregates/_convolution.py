@@ -31,18 +31,18 @@ class ShortConvolution(nnx.Module):
         """All positions."""
         y = jnp.zeros_like(x)
         for n, tap in enumerate(self.weight[: len(x)]):
-            y = y + tap * shifted(x, n, segments)
-        return y if self.bias is None else y + self.bias
+            y = y + tap[None] * shifted(x, n, segments)
+        return y if self.bias is None else y + self.bias[None]
 
-    def init_state(self) -> Float[Array, "taps-1 E"]:
+    def init_state(self) -> Float[Array, "past E"]:
         """The inputs before the first position: none, that is zeros."""
         return jnp.zeros((len(self.weight) - 1, self.weight.shape[1]), self.weight.dtype)
 
-    def state_after(self, x: Float[Array, "P E"]) -> Float[Array, "taps-1 E"]:
+    def state_after(self, x: Float[Array, "P E"]) -> Float[Array, "past E"]:
         """The last inputs, latest first, that positions after a prefix still see."""
         return jnp.concatenate([x[::-1], self.init_state()])[: len(self.weight) - 1]
 
-    def step(self, state: Float[Array, "taps-1 E"], x: Float[Array, " E"]) -> tuple[Array, Float[Array, " E"]]:
+    def step(self, state: Float[Array, "past E"], x: Float[Array, " E"]) -> tuple[Array, Float[Array, " E"]]:
         """The next position."""
         seen = jnp.concatenate([x[None], state])
         y = jnp.sum(self.weight * seen, axis=0)

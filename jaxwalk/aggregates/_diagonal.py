@@ -5,7 +5,10 @@ no logarithms are subtracted, so that decays of 0 and 1 are exact and have finit
 """
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Num
@@ -70,3 +73,49 @@ def _carried_back(rows, decay, writes, reads, of):  # type: ignore[no-untyped-de
 
     dtype = jnp.result_type(decay, reads)
     return lax.scan(back, jnp.zeros(reads.shape, dtype), (asks, decay, writes), reverse=True)[1]
+
+
+def recur_and_read(
+    parts: Callable[[Any], tuple[Array, Array, Array]], at: Any, start: Num[Array, "N *n"]
+) -> tuple[Num[Array, " T *n"], Num[Array, "N *n"]]:
+    """sum over N of reads_t h_t for all t, and the last h, where decay_t, entering_t and reads_t are parts(at_t).
+
+    `recur` for states that are much larger than what they are made of and what is read of them: on CPU these exist
+    for one position at a time, and of a forward pass only the states are kept for the backward pass, in which the
+    decays are made again. That is several times faster than making them before the scan.
+    """
+
+    def one_by_one(at: Any, start: Array) -> tuple[Array, Array]:
+        @jax.checkpoint
+        def step(h: Array, at: Any) -> tuple[Array, Array]:
+            decay, entering, reads = parts(at)
+            h = decay * h + entering
+            return h, jnp.sum(reads * h, axis=0)
+
+        last, y = lax.scan(step, start, at)
+        return y, last
+
+    def all_at_once(at: Any, start: Array) -> tuple[Array, Array]:
+        decay, entering, reads = jax.vmap(parts)(at)
+        h = associative(decay, entering.at[0].add(decay[0] * start))
+        return jnp.sum(reads * h, axis=1), h[-1]
+
+    return lax.platform_dependent(at, start, cpu=one_by_one, default=all_at_once)
+
+
+def rows_read(
+    rows: Int[Array, " R"],
+    parts: Callable[[Any], tuple[Array, Array]],
+    at: Any,
+    reads: Num[Array, "R N *n"],
+) -> Num[Array, " T R *n"]:
+    """`summed_rows_of` for such states, the state first: decay_t and writes_t are parts(at_t)."""
+
+    def back(carried: Array, source: tuple[Array, Any]) -> tuple[Array, Array]:
+        j, at = source
+        decay, writes = parts(at)
+        carried = jnp.where((rows == j).reshape(-1, *(1,) * (reads.ndim - 1)), reads, carried)
+        return carried * decay[None], jnp.sum(carried * writes[None], axis=1)
+
+    sources = jnp.arange(len(jax.tree.leaves(at)[0]), dtype=rows.dtype), at
+    return lax.scan(back, jnp.zeros_like(reads), sources, reverse=True)[1]
