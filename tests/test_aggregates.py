@@ -28,6 +28,7 @@ VARIANTS = {name: (name, {}) for name in jw.aggregates.names()} | {
     "gated_delta_net-heads2-bias-chunk5": ("gated_delta_net", {"heads": 2, "bias": True, "chunk": 5}),
     "causal_conv-taps20-nobias": ("causal_conv", {"taps": 20, "bias": False}),
     "mamba-bias-state3-rank2": ("mamba", {"bias": True, "conv_bias": False, "state": 3, "dt_rank": 2, "conv": 1}),
+    "mamba2-groups2-bias-chunk5": ("mamba2", {"bias": True, "groups": 2, "state": 6, "chunk": 5, "conv_bias": False}),
 }
 # The rows of their A sum to one. Not with relu: a query of zeros looks nowhere.
 AVERAGES = {"attention", "causal_mean", "fixed_mixing", "identity", "linear_attention"}
