@@ -28,6 +28,9 @@ VARIANTS = {name: (name, {}) for name in jw.aggregates.names()} | {
     "gated_delta_net-heads2-bias-chunk5": ("gated_delta_net", {"heads": 2, "bias": True, "chunk": 5}),
     "causal_conv-taps20-nobias": ("causal_conv", {"taps": 20, "bias": False}),
     "mamba-bias-state3-rank2": ("mamba", {"bias": True, "conv_bias": False, "state": 3, "dt_rank": 2, "conv": 1}),
+    "lru-state5": ("lru", {"state": 5}),
+    "s5-state6": ("s5", {"state": 6}),
+    "s4d-state4": ("s4d", {"state": 4}),
     "mamba2-groups2-bias-chunk5": ("mamba2", {"bias": True, "groups": 2, "state": 6, "chunk": 5, "conv_bias": False}),
 }
 # The rows of their A sum to one. Not with relu: a query of zeros looks nowhere.
@@ -35,7 +38,7 @@ AVERAGES = {"attention", "causal_mean", "fixed_mixing", "identity", "linear_atte
 # Their state has something of each position.
 GROWS = {"attention", "fixed_mixing"}
 # Their parallel form is a product of Fourier transforms, and causal to rounding.
-FOURIER: set[str] = set()
+FOURIER = {"s4d"}
 # Their output is of the fifth degree in large inputs: its square at 1e4 is beyond float32.
 STEEP = {"mamba"}
 LINEAR = ("linear_attention", "retention", "gated_linear_attention", "delta_net", "gated_delta_net")

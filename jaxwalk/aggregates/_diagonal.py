@@ -76,8 +76,8 @@ def _carried_back(rows, decay, writes, reads, of):  # type: ignore[no-untyped-de
 
 
 def recur_and_read(
-    parts: Callable[[Any], tuple[Array, Array, Array]], at: Any, start: Num[Array, "N *n"]
-) -> tuple[Num[Array, " T *n"], Num[Array, "N *n"]]:
+    parts: Callable[[Any], tuple[Array, Array, Array]], at: Any, start: Num[Array, " N *n"]
+) -> tuple[Num[Array, " T *n"], Num[Array, " N *n"]]:
     """sum over N of reads_t h_t for all t, and the last h, where decay_t, entering_t and reads_t are parts(at_t).
 
     `recur` for states that are much larger than what they are made of and what is read of them: on CPU these exist

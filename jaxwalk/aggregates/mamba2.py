@@ -199,7 +199,9 @@ class Mamba2(Aggregate):
     def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
         inputs, convolved = self.conv.step(state.inputs, self.mixed(x))
         s = self._select(x[None], convolved[None])
-        S, y = jax.vmap(functools.partial(forward, beta=None))(state.S, s.C[:, 0], s.B[:, 0], s.log_decay[:, 0], v=s.u[:, 0])
+        S, y = jax.vmap(functools.partial(forward, beta=None))(
+            state.S, s.C[:, 0], s.B[:, 0], s.log_decay[:, 0], v=s.u[:, 0]
+        )
         y = self._read(y[:, None], s.u, x[None])[0]
         position = state.position + 1
         return State(inputs, S, position, state.length), jnp.where(position <= state.length, y, jnp.nan)
