@@ -28,6 +28,8 @@ VARIANTS = {name: (name, {}) for name in jw.aggregates.names()} | {
     "gated_delta_net-heads2-bias-chunk5": ("gated_delta_net", {"heads": 2, "bias": True, "chunk": 5}),
     "causal_conv-taps20-nobias": ("causal_conv", {"taps": 20, "bias": False}),
     "mamba-bias-state3-rank2": ("mamba", {"bias": True, "conv_bias": False, "state": 3, "dt_rank": 2, "conv": 1}),
+    "delta_net-conv": ("delta_net", {"conv": 4, "bias": True, "chunk": 5}),
+    "gated_delta_net-conv": ("gated_delta_net", {"conv": 3, "key_width": 3, "value_width": 5, "heads": 2, "chunk": 5}),
     "lru-state5": ("lru", {"state": 5}),
     "s5-state6": ("s5", {"state": 6}),
     "s4d-state4": ("s4d", {"state": 4}),

@@ -23,6 +23,8 @@ CHOICES = {
     "s4d": {"state": 6},
     "lru": {"state": 5},
     "s5": {"state": 6},
+    "delta_net": {"conv": 4, "bias": True, "chunk": 5},
+    "gated_delta_net": {"conv": 3, "heads": 2, "key_width": 3, "value_width": 5, "chunk": 5},
 }
 each = pytest.mark.parametrize("name", CHOICES)
 
@@ -132,6 +134,29 @@ def lru(a, x):
 
 def causal_conv(a, x):
     return linear(a.out, convolved(a.conv, linear(a.value, x)))
+
+
+def delta_net(a, x):
+    H, decay = a.heads, np.ones((len(x), a.heads))
+    E = a.out.weight.shape[0]
+    qkv = silu(convolved(a.conv, linear(a.qkv, x)))
+    q, k, v = (m.reshape(len(x), H, -1) for m in np.split(qkv, [(qkv.shape[1] - E) // 2, qkv.shape[1] - E], axis=1))
+    q, k = (m / np.sqrt((m**2).sum(-1, keepdims=True) + 1e-6) for m in (q, k))
+    beta, y = sigmoid(linear(a.beta, x)), np.zeros(v.shape)
+    if hasattr(a, "decay"):
+        decay = np.exp(-np.exp(a.log_rate) * softplus(linear(a.decay, x)))
+    for h in range(H):
+        S = np.zeros((k.shape[-1], v.shape[-1]))
+        for t in range(len(x)):
+            S = decay[t, h] * (S - beta[t, h] * np.outer(k[t, h], k[t, h] @ S)) + beta[t, h] * np.outer(
+                k[t, h], v[t, h]
+            )
+            y[t, h] = q[t, h] @ S
+    y = (y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5)).reshape(len(x), -1)
+    return linear(a.out, y * (silu(linear(a.gate, x)) if hasattr(a, "gate") else 1))
+
+
+gated_delta_net = delta_net
 
 
 @each
@@ -244,6 +269,7 @@ def test_impossible_choices_say_so():
         ("s5", {"state": 0}, "state: expected an even number of at least 2, got 0"),
         ("lru", {"state": 0}, "state: expected at least 1, got 0"),
         ("lru", {"r_min": 1.0}, "r_max: expected 0 <= r_min < r_max <= 1, got r_min = 1.0, r_max = 1.0"),
+        ("delta_net", {"conv": 0}, "conv: expected at least 1, got 0"),
         ("lru", {"max_phase": 0.0}, "max_phase: expected more than 0, got 0.0"),
     ):
         with pytest.raises(ConfigError, match=message):

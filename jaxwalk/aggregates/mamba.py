@@ -81,10 +81,10 @@ class State(NamedTuple):
 class Mamba(Aggregate):
     """u = silu(conv(value(x))), h_i = exp(dt_i A) h_(i-1) + dt_i B_i u_i, y_i = C_i . h_i + D u_i, channel by channel.
 
-    h is N numbers; A = -exp(A_log); dt = softplus(dt(.)), B and C are read of u. The readout is out(silu(gate(x)) * y). G is the
-    channels. Kind of A: exact. It is what the state space model makes of its inputs, times the gate of their silu,
-    times the convolution; D is on the diagonal of the first. A bias of the convolution enters between the two, as
-    further channels of values, added up in the readout. Held, besides A, is silu(gate(x)).
+    h is N numbers; A = -exp(A_log); dt = softplus(dt(.)), B and C are read of u. The readout is
+    out(silu(gate(x)) * y). G is the channels. Kind of A: exact. It is what the state space model makes of its inputs,
+    times the gate of their silu, times the convolution; D is on the diagonal of the first. A bias of the convolution
+    enters between the two, as further channels of values, added up in the readout. Held, besides A, is silu(gate(x)).
     """
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"

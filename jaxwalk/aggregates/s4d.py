@@ -65,10 +65,11 @@ class State(NamedTuple):
 class S4D(Aggregate):
     """h' = lambda h + u by steps dt with a zero-order hold, y_i = 2 Re(C . h_i) + D u_i, channel by channel.
 
-    h is one number of each of N / 2 conjugate pairs. lambda = -exp(log_neg_re) + i im starts as -1/2 + i pi n; dt = exp(log_dt). B is 1: only its product with C matters.
-    A_ij = kernel[i - j], the channel's response to an impulse, and D on the diagonal: the same for all inputs. The
-    readout is the paper's gated linear unit value(g) * sigmoid(gate(g)), g = GELU(y). G is the channels, and the values
-    are the inputs themselves. Kind of A: exact. Held are the gates of the readout.
+    h is one number of each of N / 2 conjugate pairs. lambda = -exp(log_neg_re) + i im starts as -1/2 + i pi n; dt =
+    exp(log_dt). B is 1: only its product with C matters. A_ij = kernel[i - j], the channel's response to an impulse,
+    with D on the diagonal: the same for all inputs. The readout is the paper's gated linear unit value(g) *
+    sigmoid(gate(g)), g = GELU(y). G is the channels, and the values are the inputs themselves. Kind of A: exact. Held
+    are the gates of the readout. The paper lets B be trained too; it would change no function that C cannot make.
 
     The parallel form is a product of Fourier transforms (on CPU 2 to 3 times faster than chunks, and 10 to 20 times
     than a scan), or a scan where documents are given, as kernels do not stop at their borders.
