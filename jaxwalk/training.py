@@ -154,8 +154,12 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (arXiv 1711.05101) that decays matrices only."""
-    matrices = lambda parameters: jax.tree.map(lambda a: a.ndim >= 2, parameters)
+    """Clipping by the global norm, then AdamW (arXiv 1711.05101) that decays matrices only, and no rates of decay."""
+
+    def matrices(model: Transformer) -> Any:
+        rates = frozenset().union(*(layer.aggregate.undecayed for layer in model.layers))
+        return jax.tree_util.tree_map_with_path(lambda path, a: a.ndim >= 2 and path[-1].name not in rates, model)
+
     adamw = optax.adamw(
         schedule(config, steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=matrices
     )

@@ -183,14 +183,20 @@ def test_schedules(name):
         assert (rates[10:80] == 2.0).all()
 
 
-def test_weight_decay_acts_on_matrices_only():
+def test_weight_decay_acts_on_matrices_only_and_not_on_rates():
     config = OptimConfig(lr=1.0, warmup=0, schedule="constant", weight_decay=0.5, clip=None)
     update = training.optimizer(config, 10)
-    parameters = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    zeros = jax.tree.map(jnp.zeros_like, parameters)
-    changes, _ = update.update(zeros, update.init(parameters), parameters)
-    np.testing.assert_allclose(changes["matrix"], -0.5)
-    np.testing.assert_allclose(changes["bias"], 0)
+    layers = ("attention", "mamba", "s4d")
+    model = jw.init(jw.ModelConfig(5, 8, width=8, depth=3, aggregate=layers), jax.random.key(0))
+    model = jax.tree.map(jnp.ones_like, model)
+    changes, _ = update.update(jax.tree.map(jnp.zeros_like, model), update.init(model), model)
+    rates = [changes.layers[1].aggregate.A_log, changes.layers[2].aggregate.log_neg_re, changes.layers[2].aggregate.im]
+    decayed = 0
+    for leaf in jax.tree.leaves(changes):
+        spared = leaf.ndim < 2 or any(leaf is rate for rate in rates)
+        np.testing.assert_allclose(leaf, 0 if spared else -0.5)
+        decayed += not spared
+    assert decayed > 10
 
 
 def test_excess_loss_is_the_expected_divergence_from_the_world():

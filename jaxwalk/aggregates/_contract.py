@@ -43,6 +43,8 @@ class Aggregate(nnx.Module, abc.ABC):
     """What A says. exact: y = A v where v_j is a function of position j alone, so that A is all that passes between
     positions. conditional: y = A v holds, but v_j itself depends on positions before j, as where the gates of a
     recurrent network read its past. none: there is no such A."""
+    undecayed: ClassVar[frozenset[str]] = frozenset()
+    """Names of its fields that weight decay leaves alone though they are matrices, as it does all vectors: rates."""
     width: int
     """The width of the model: a field or property, which the state of `init_state` here is made from."""
 

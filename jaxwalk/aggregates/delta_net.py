@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jaxwalk.aggregates._linear import Coefficients, LinearAggregate, LinearConfig, direction, standardised
-from jaxwalk.filters import Linear, module
+from jaxwalk.aggregates._delta import DeltaConfig, DeltaRule
+from jaxwalk.aggregates._linear import standardised
+from jaxwalk.filters import Linear, module, stream, wide
 
 
 @dataclass(frozen=True)
-class Config(LinearConfig):
+class Config(DeltaConfig):
     """The delta rule. By default K = V = width / heads."""
 
     name: ClassVar[str] = "delta_net"
@@ -22,9 +22,11 @@ class Config(LinearConfig):
     def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "DeltaNet":
         K, V = self._widths(width)
         key_qkv, key_beta, key_out = jax.random.split(key, 3)
+        qkv = Linear.init(width, self.heads * (2 * K + V), bias=self.bias, key=key_qkv)
         return DeltaNet(
-            qkv=Linear.init(width, self.heads * (2 * K + V), bias=self.bias, key=key_qkv),
+            qkv=qkv,
             beta=Linear.init(width, self.heads, bias=self.bias, key=key_beta),
+            conv=self._conv(qkv, stream(key, "conv")),
             out=Linear.init(self.heads * V, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
             heads=self.heads,
             chunk=self.chunk,
@@ -32,19 +34,15 @@ class Config(LinearConfig):
 
 
 @module
-class DeltaNet(LinearAggregate):
+class DeltaNet(DeltaRule):
     """S_i = (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, b = sigmoid(beta(x)), q and k of length 1 after a swish.
 
-    Kind of A: exact. The readout is out(RMSNorm(y)), head by head; held is 1/rms. The short convolutions that the
-    second paper puts before queries, keys and values are left out: values are of one position here.
+    Kind of A: exact. The readout is out(RMSNorm(y)), head by head; held is 1/rms. The second paper's short
+    convolutions are a choice, `conv`: they give each channel an A of its own.
     """
 
-    beta: Linear = nnx.data()
+    def log_decay(self, x: Float[Array, "T D"]) -> Float[Array, "G T 1"]:
+        return jnp.zeros((self.heads, len(x), 1), wide(x.dtype))
 
-    def coefficients(self, x: Float[Array, "T D"], positions: Int[Array, " T"]) -> Coefficients:
-        q, k = (direction(jax.nn.silu(a)) for a in self.queries_and_keys(x))
-        beta = jax.nn.sigmoid(self.split(jax.vmap(self.beta)(x)))
-        return Coefficients(q, k, jnp.zeros_like(beta), beta)
-
-    def readout(self, y: Float[Array, "G T V"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
-        return jax.vmap(self.out)(self.merge(standardised(y, centre=False, hold=hold)))
+    def readout(self, y: Float[Array, "G T K"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
+        return jax.vmap(self.out)(self.merge(standardised(self.by_head(y), centre=False, hold=hold)))

@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jaxwalk.aggregates._linear import Coefficients, LinearAggregate, LinearConfig, direction, standardised
-from jaxwalk.filters import Linear, held, module, wide
+from jaxwalk.aggregates._delta import DeltaConfig, DeltaRule
+from jaxwalk.aggregates._linear import standardised
+from jaxwalk.filters import Linear, held, module, stream, wide
 
 
 @dataclass(frozen=True)
-class Config(LinearConfig):
+class Config(DeltaConfig):
     """The gated delta rule. By default K = V = width / heads."""
 
     name: ClassVar[str] = "gated_delta_net"
@@ -26,8 +27,10 @@ class Config(LinearConfig):
         # As in Mamba-2, whose decays these are: steps from 0.001 to 0.1 and rates from 1 to 16.
         low, high = math.log(0.001), math.log(0.1)
         steps = jnp.exp(jax.random.uniform(key_bias, (self.heads,), jnp.float32, low, high))
+        qkv = Linear.init(width, self.heads * (2 * K + V), bias=self.bias, key=key_qkv)
         return GatedDeltaNet(
-            qkv=Linear.init(width, self.heads * (2 * K + V), bias=self.bias, key=key_qkv),
+            qkv=qkv,
+            conv=self._conv(qkv, stream(key, "conv")),
             beta=Linear.init(width, self.heads, bias=self.bias, key=key_beta),
             decay=Linear(decay.weight, jnp.log(jnp.expm1(steps))),
             log_rate=jnp.log(jax.random.uniform(key_rate, (self.heads,), jnp.float32, 1, 16)),
@@ -39,24 +42,21 @@ class Config(LinearConfig):
 
 
 @module
-class GatedDeltaNet(LinearAggregate):
+class GatedDeltaNet(DeltaRule):
     """S_i = d_i (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, d = exp(-rate * softplus(decay(x))), else as DeltaNet.
 
     Kind of A: exact. The readout is out(swish(gate(x)) * RMSNorm(y)), head by head; held are the gate and 1/rms.
-    Short convolutions are left out, as in `delta_net`.
+    Short convolutions are a choice, as in `delta_net`.
     """
 
-    beta: Linear = nnx.data()
     decay: Linear = nnx.data()
     log_rate: Float[Array, " H"] = nnx.data()
     gate: Linear = nnx.data()
 
-    def coefficients(self, x: Float[Array, "T D"], positions: Int[Array, " T"]) -> Coefficients:
-        q, k = (direction(jax.nn.silu(a)) for a in self.queries_and_keys(x))
-        beta, decay = (self.split(jax.vmap(linear)(x)) for linear in (self.beta, self.decay))
+    def log_decay(self, x: Float[Array, "T D"]) -> Float[Array, "G T 1"]:
         rate = jnp.exp(self.log_rate.astype(wide(self.log_rate.dtype)))
-        return Coefficients(q, k, -rate[:, None, None] * jax.nn.softplus(decay), jax.nn.sigmoid(beta))
+        return -rate[:, None, None] * jax.nn.softplus(self.split(jax.vmap(self.decay)(x)))
 
-    def readout(self, y: Float[Array, "G T V"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
+    def readout(self, y: Float[Array, "G T K"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
         gate = held(jax.nn.silu(jax.vmap(self.gate)(x)), hold)
-        return jax.vmap(self.out)(gate * self.merge(standardised(y, centre=False, hold=hold)))
+        return jax.vmap(self.out)(gate * self.merge(standardised(self.by_head(y), centre=False, hold=hold)))
