@@ -22,13 +22,13 @@ from jaxwalk import ModelConfig, TrainConfig, WorldData, aggregates
 from jaxwalk.config import MLPConfig, OptimConfig, TextData
 
 DATA = {
-    "mess3": (WorldData("mess3"), {"vocab_size": 3, "max_length": 16}, {"steps": 400}),
+    "mess3": (WorldData("mess3"), {"vocab_size": 3, "max_length": 16}, {"steps": 300, "batch_size": 32}),
     "associative_recall": (
         WorldData("associative_recall", {"keys": 4, "values": 4}),
         {"vocab_size": 8, "max_length": 16},
         {"steps": 1500, "batch_size": 64},
     ),
-    "pydoc": (TextData("pydoc"), {"vocab_size": 257, "max_length": 32}, {"steps": 500, "batch_size": 32}),
+    "pydoc": (TextData("pydoc"), {"vocab_size": 257, "max_length": 32}, {"steps": 300, "batch_size": 32}),
 }
 WIDTH, DEPTH, HIDDEN = 32, 2, 192  # of attention's MLPs, whose number of parameters all others are given
 RATES = (3e-3, 6e-3)

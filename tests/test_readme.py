@@ -1,6 +1,7 @@
 """The README keeps its word: its examples run, its links lead somewhere, its tables name what there is."""
 
 import dataclasses
+import functools
 import io
 import re
 from pathlib import Path
@@ -69,6 +70,19 @@ def test_links_and_tables():
         assert f"jaxwalk/analyses/{name}.py" in README
     for name in jw.aggregates.names():
         assert name in README
+
+
+def test_the_table_of_families_says_what_they_declare():
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \| (\w+) \| (\w+) \|", README, flags=re.MULTILINE)
+    said = {name: facts for names, *facts in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(said) == set(jw.aggregates.names())
+    for name, (granularity, kind, state) in said.items():
+        config = jw.aggregates.config(name)
+        init = functools.partial(config.init, width=32, max_length=16, layer=0, depth=2)
+        aggregate = jax.eval_shape(lambda init=init: init(key=jax.random.key(0)))
+        assert granularity.startswith(aggregate.granularity)
+        assert kind == aggregate.kind
+        assert (state == "grows") == (aggregate.state_size(16) > aggregate.state_size(8))
 
 
 def test_the_two_lines_are_what_ci_runs():

@@ -1,0 +1,37 @@
+"""Every kind of aggregate is analysed as attention is: no analysis breaks on one, or leaves it out."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+
+import jaxwalk as jw
+from jaxwalk import training
+from tests.test_training import small
+
+FAMILIES = ("mamba", "lru", "gru", "rwkv7", "hyena", "mamba2,attention")
+ONLY = ("path_law", "encoding_walk", "lens_comparison", "association", "proximity", "prompt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_asked_of_attention_is_asked_of_all(family, tmp_path):
+    config = small()
+    aggregates = tuple(jw.aggregates.config(name) for name in family.split(","))
+    model = dataclasses.replace(config.model, aggregate=aggregates, depth=len(aggregates))
+    training.train(dataclasses.replace(config, model=model), tmp_path / "run", out=io.StringIO())
+    subject = jw.analyses.open_subject(tmp_path / "run", prompt="0 1 0")
+
+    def failed(name: str, error: Exception) -> None:
+        raise AssertionError(name) from error
+
+    findings, skipped = jw.analyses.run(subject, ONLY, lambda name: None, failed, {})
+    assert [finding.name for finding in findings] == list(ONLY)
+    assert not skipped
+    measured = {finding.name: finding.measured for finding in findings}
+    assert all(np.isfinite(value) for value in measured["association"].values())
+    # Its own patterns put back change nothing, and the whole law sums to one.
+    assert measured["path_law"]["total_mass"] == pytest.approx(1, abs=1e-4)
+    error = jw.decompose(subject.model, subject.prompt).error
+    assert error < 1e-5
