@@ -17,6 +17,7 @@ PACKAGE = Path(jw.__file__).parent
 LEVELS = {
     "_versions": 0,
     "_product": 0,
+    "sharding": 0,
     "config": 0,
     "filters": 1,
     "worlds": 1,
@@ -25,7 +26,7 @@ LEVELS = {
     "transformer": 3,
     "paths": 4,
     "checkpoint": 4,
-    "pretrained": 4,
+    "pretrained": 5,
     "sensitivity": 5,
     "decomposition": 5,
     "lenses": 5,
