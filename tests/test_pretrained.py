@@ -152,7 +152,7 @@ def test_what_has_no_such_shape_is_refused_with_every_reason(tmp_path):
     with pytest.raises(ConfigError, match=r"layer 0: its aggregate is CausalMean, not attention; layer 1"):
         jw.export(model_of(aggregate="causal_mean"), tmp_path / "model")
     model = exportable("gpt2")
-    with pytest.raises(ConfigError, match="has been altered"):
+    with pytest.raises(ConfigError, match="layers that differ"):
         jw.export(model.with_layer(0, placement="post"), tmp_path / "model")
     mixed = exportable("llama", filter=(MLPConfig(24, "silu", gated=True, bias=False), MLPConfig(24)))
     with pytest.raises(ConfigError, match=r"filter\[1\]\.gated"):
@@ -303,6 +303,22 @@ def test_what_is_not_there(tmp_path):
         jw.load(tmp_path)
 
 
+def test_choices_that_a_source_does_not_have(exported):
+    _, folder = exported
+    for choices, expected in (
+        ({"revision": "main"}, "revision: expected a repository"),
+        ({"step": 3}, "step: expected a run's folder"),
+        ({"dtype": jnp.int8}, "dtype: expected a floating-point one"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            jw.load(folder, **choices)
+
+
+def test_a_prompt_longer_than_the_context(exported):
+    with pytest.raises(ValueError, match="expected at most 32 tokens"):
+        jw.next_log_probs(jw.load(exported[1])[0], np.zeros(33, int))
+
+
 # The hub.
 
 
@@ -321,7 +337,7 @@ def test_the_hub_without_a_network():
         ("RepositoryNotFoundError", "no such repository"),
         ("RevisionNotFoundError", "at revision 'step7'.*no such revision"),
         ("LocalEntryNotFoundError", "cannot be reached"),
-        ("RemoteEntryNotFoundError", r"no config\.json"),
+        ("EntryNotFoundError", r"no config\.json"),
         (None, r"cannot be reached \(OSError: no route\)"),
     ],
 )

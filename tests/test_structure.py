@@ -118,11 +118,11 @@ def test_importing_the_package_imports_no_jax(imports):
 
 
 def test_importing_every_room_of_the_core_imports_no_extra():
-    code = "import jaxwalk, sys\n[getattr(jaxwalk, n) for n in ('sensitivity', 'sample_paths', 'init')]\n"
+    code = "import jaxwalk, sys\n[getattr(jaxwalk, n) for n in ('sensitivity', 'sample_paths', 'init', 'load')]\n"
     assert (
         run(
             code + "print([m for m in ('datasets', 'tokenizers', 'matplotlib', 'plotly', 'tyro', 'scipy.stats', "
-            "'torch') if m in sys.modules])"
+            "'torch', 'gguf', 'huggingface_hub', 'safetensors') if m in sys.modules])"
         ).strip()
         == "[]"
     )

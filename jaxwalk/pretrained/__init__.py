@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxwalk import checkpoint
 from jaxwalk.checkpoint import CheckpointError
+from jaxwalk.config import ConfigError
 from jaxwalk.pretrained._export import export
 from jaxwalk.pretrained._family import assemble, families, family_of, read_config
 from jaxwalk.pretrained._gguf import GGUFFile, GGUFTensors
@@ -50,31 +51,40 @@ def load(
     dtype: of parameters and computation. Tensors are cast one by one, so that there are never two copies of a model.
     mesh: devices to place the parameters on, in parts, as training does; by default all are on one device.
     step: of a run: a kept step's number, the latest, or the best by evaluation loss.
-    revision: of a repository: a branch, tag or commit.
+    revision: of a repository on the hub: a branch, tag or commit.
 
     The vocabulary has encode(str) -> [N], which adds no special tokens, decode([N]) -> str, and begin: id or None.
     Parameters are what the file holds, transposed, concatenated and cast, but never altered. Raises CheckpointError
     for what is not there or cannot be read, and for what would be another model: config keys that are not known, and
-    tensors that are missing, not known or misshapen, each named.
+    tensors that are missing, not known or misshapen, each named. Raises ConfigError for a dtype that is no float, and
+    for a step or a revision of what has none.
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ConfigError(f"dtype: expected a floating-point one, got {dtype}. Parameters are real numbers.")
     path = Path(source)
+    on_hub = not path.exists() and is_repository(source) and path.suffix not in _WEIGHTS
+    if revision is not None and not on_hub:
+        raise ConfigError(f"revision: expected a repository on the hub to take it from, got {path}.")
+    if not on_hub and not path.is_file() and not _is_foreign(path):
+        return checkpoint.load(path, dtype, mesh, step=step)
+    if step != "latest":
+        raise ConfigError(f"step: expected a run's folder to take it from, got {path}. Leave it out.")
+    if on_hub:
+        return _load_folder(download(str(source), revision), dtype, mesh)
     if path.is_file():
         return _load_file(path, dtype, mesh)
-    if not path.exists() and is_repository(source) and path.suffix not in _WEIGHTS:
-        return _load_folder(download(str(source), revision), dtype, mesh)
-    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if not (path / "config.json").is_file() and len(ggufs) == 1:
-        return _load_file(ggufs[0], dtype, mesh)
-    if path.is_dir() and _is_foreign(path):
-        return _load_folder(path, dtype, mesh)
-    return checkpoint.load(path, dtype, mesh, step=step)
+    if not (path / "config.json").is_file():
+        return _load_file(next(path.glob("*.gguf")), dtype, mesh)
+    return _load_folder(path, dtype, mesh)
 
 
 def _is_foreign(folder: Path) -> bool:
-    if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
+    """Whether this is the folder of a pretrained model: with a config.json that is none of ours, or one GGUF file."""
+    if not (folder / "config.json").is_file():
+        return folder.is_dir() and len(list(folder.glob("*.gguf"))) == 1
+    if (folder / "checkpoints").is_dir():
         return False
-    given = _read_json(folder / "config.json")
-    return not {"format_version", "config"} <= given.keys()
+    return not {"format_version", "config"} <= _read_json(folder / "config.json").keys()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

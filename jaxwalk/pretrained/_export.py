@@ -96,8 +96,8 @@ def _config_of(model: Transformer) -> ModelConfig:
     kinds_of = [(jax.tree.structure(m), [a.shape for a in jax.tree.leaves(m)]) for m in (made, model)]
     if kinds_of[0] != kinds_of[1]:
         raise ConfigError(
-            "export: expected a model whose layers are alike in their norms and placement, and with nothing that a "
-            "config of attention and MLPs does not say; this one has been altered since it was made."
+            "export: expected a model that is attention, MLPs and norms only, with norms and placement alike in all "
+            "layers, as Llama and GPT-2 are; this one has scalings, caps or norms besides, or layers that differ."
         )
     return config
 

@@ -41,7 +41,9 @@ HARMLESS: Mapping[str, str] = {
     "pretraining_tp": "how products were split over devices",
     **dict.fromkeys(("initializer_range", "attention_dropout", "hidden_dropout"), _TRAINING),
     **dict.fromkeys(("attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout"), _TRAINING),
-    **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"), _OTHER_HEADS),
+    **dict.fromkeys(
+        ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "_num_labels"), _OTHER_HEADS
+    ),
     **dict.fromkeys(("task_specific_params", "is_decoder"), _OTHER_HEADS),
     **dict.fromkeys(("max_length", "min_length", "do_sample", "early_stopping", "num_beams"), _GENERATION),
     **dict.fromkeys(("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p"), _GENERATION),

@@ -10,7 +10,7 @@ from jaxwalk.pretrained._family import family_of
 from jaxwalk.text import optional
 
 _FILES = (
-    "*.safetensors",
+    "model*.safetensors",
     "model.safetensors.index.json",
     "config.json",
     "tokenizer.json",
