@@ -144,7 +144,7 @@ def _comparable(config: ModelConfig) -> ModelConfig:
             given,
             kv_heads=given.kv_heads or given.heads,
             head_width=given.head_width or config.width // given.heads,
-            rope_theta=given.rope_theta if given.positions == "rope" else 0.0,
+            rope_theta=given.rope_theta if given.positions == "rope" else attention.Config.rope_theta,
             kernel="plain",
         )
 
