@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
+from jaxwalk.pretrained._family import families
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -65,6 +66,12 @@ CASES = {
         },
     ),
 }
+
+
+def test_every_family_has_a_case():
+    covered = {getattr(transformers, kind).model_type for kind, _ in CASES.values()}
+    for name, family in families().items():
+        assert covered >= set(family.model_types), name
 
 
 @pytest.fixture(scope="module", params=CASES)

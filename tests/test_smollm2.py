@@ -39,6 +39,12 @@ def test_it_continues_sensibly(loaded):
     assert vocabulary.decode(continued) == " plants convert sunlight into energy. This process is essential for life"
 
 
+def test_digits_are_words_of_their_own(loaded):
+    _, vocabulary = loaded
+    parts = [vocabulary.encode(part) for part in ("def f:\n   ", "3", "2", "\n\n", "1", ". find")]
+    np.testing.assert_array_equal(vocabulary.encode("def f:\n   32\n\n1. find"), np.concatenate(parts))
+
+
 def test_it_is_what_transformers_makes_of_it(file, loaded):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -48,6 +54,7 @@ def test_it_is_what_transformers_makes_of_it(file, loaded):
     text = "In 1779, Jan Ingenhousz saw 12 bubbles rise from leaves in sunlight; at night they didn't.\n\n\tWhy?"
     tokens = vocabulary.encode(text)
     assert vocabulary.decode(tokens) == text
+    # transformers leaves the pre-tokenizer's kind unread, which shows where a digit follows several spaces.
     tokenizer = transformers.AutoTokenizer.from_pretrained(**options)
     assert tokenizer(text, add_special_tokens=False).input_ids == tokens.tolist()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32).eval()
