@@ -81,7 +81,7 @@ _ROOMS = {
         "integrated_gradients",
         "occlusion",
     ),
-    "jaxwalk.checkpoint": ("load",),
+    "jaxwalk.pretrained": ("load", "export"),
     "jaxwalk.analyses": ("Finding",),
 }
 _SUBMODULES = (
@@ -96,8 +96,10 @@ _SUBMODULES = (
     "interventions",
     "lenses",
     "paths",
+    "pretrained",
     "report",
     "sensitivity",
+    "sharding",
     "sweep",
     "text",
     "training",

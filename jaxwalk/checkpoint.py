@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxwalk import text, worlds
 from jaxwalk.config import FORMAT_VERSION, CheckpointConfig, ConfigError, TrainConfig, WorldData, from_dict, to_dict
+from jaxwalk.sharding import shardings
 from jaxwalk.transformer import Transformer, astype, init
 
 
@@ -285,10 +287,13 @@ class Run:
             )
         return step
 
-    def model(self, step: int | Literal["latest", "best"] = "latest") -> Transformer:
-        """The float32 model of a kept step."""
+    def model(self, step: int | Literal["latest", "best"] = "latest", mesh: Mesh | None = None) -> Transformer:
+        """The float32 model of a kept step, its parameters on one device, or in parts on those of a mesh."""
         step = self.resolve(step)
         template = jax.eval_shape(lambda: init(self.config.model, jax.random.key(0)))
+        if mesh is not None:
+            place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+            template = jax.tree.map(place, template, shardings(template, mesh))
         return _read(self._step_folder(step) / "parameters", template, step, self.steps, "--step")
 
     def _step_folder(self, step: int) -> Path:
@@ -303,16 +308,20 @@ class Run:
 
 
 def load(
-    source: str | os.PathLike[str], dtype: Any = jnp.float32, *, step: int | Literal["latest", "best"] = "latest"
+    source: str | os.PathLike[str],
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    *,
+    step: int | Literal["latest", "best"] = "latest",
 ) -> tuple[Transformer, Any]:
     """The model of a run's folder, or of one step copied from it, and its vocabulary: `model, vocabulary`.
 
-    dtype: of parameters and computation. step: a kept step's number, the latest, or the best by evaluation loss.
-    The vocabulary has encode(str) -> [N], which adds no special tokens, decode([N]) -> str, and begin: id or None.
+    dtype: of parameters and computation. mesh: devices to place the parameters on. step: a kept step's number, the
+    latest, or the best by evaluation loss. `jaxwalk.load` does the same, and loads pretrained models too.
     Raises CheckpointError if there is no such run or step, or if it cannot be read; it names the previous one.
     """
     run = Run(source)
-    return astype(run.model(step), dtype), run.vocabulary
+    return astype(run.model(step, mesh), dtype), run.vocabulary
 
 
 def prepare_workdir(workdir: Path, definition: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:

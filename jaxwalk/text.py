@@ -160,7 +160,7 @@ class ByteVocabulary(_ByteLevel):
         return {"kind": "bytes"}
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """The letter that byte-level BPE writes for each byte, as in GPT-2: printable bytes are themselves."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = itertools.count(256)
@@ -195,7 +195,7 @@ class BPEVocabulary(_ByteLevel):
         """
         if size < 257:
             raise ValueError(f"size: expected at least 257 (256 bytes and the begin-of-path token), got {size}.")
-        tokenizers = _optional("tokenizers")
+        tokenizers = optional("tokenizers")
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = tokenizers.trainers.BpeTrainer(
@@ -218,7 +218,7 @@ class BPEVocabulary(_ByteLevel):
     @functools.cached_property
     def spellings(self) -> tuple[bytes, ...]:
         """The bytes of every token but the begin-of-path token."""
-        letters = _byte_letters()
+        letters = byte_letters()
         try:
             model = json.loads(self.tokenizer)["model"]
             if model["type"] != "BPE":
@@ -233,7 +233,7 @@ class BPEVocabulary(_ByteLevel):
 
     @functools.cached_property
     def _encoder(self) -> Any:
-        return _optional("tokenizers").Tokenizer.from_str(self.tokenizer)
+        return optional("tokenizers").Tokenizer.from_str(self.tokenizer)
 
     def encode(self, text: str) -> Int32[np.ndarray, " N"]:
         """Token ids [N] of `text`, without the begin-of-path token. Raises ValueError for surrogates."""
@@ -354,9 +354,130 @@ class SymbolVocabulary:
         return {"kind": "symbols", "symbols": list(self.symbols)}
 
 
-Vocabulary = ByteVocabulary | BPEVocabulary | SymbolVocabulary
+@dataclass(frozen=True)
+class TokenizerVocabulary:
+    """The tokenizer that came with a pretrained model, as the `tokenizers` library runs it.
 
-_VOCABULARIES: dict[str, type] = {"bytes": ByteVocabulary, "bpe": BPEVocabulary, "symbols": SymbolVocabulary}
+    tokenizer: the JSON text of a `tokenizers.Tokenizer`. Names of its special tokens are read out of a text.
+    begin: the token that begins a path, if the model has one. Decoding leaves it out.
+    size: V of the model, which may have rows that no token uses.
+
+    Raises ValueError for ids that the model does not have.
+    """
+
+    tokenizer: str
+    begin: int | None
+    size: int
+
+    def __post_init__(self) -> None:
+        last = max((*self._names, -1 if self.begin is None else self.begin))
+        if not 0 <= last < self.size or (self.begin or 0) < 0:
+            raise ValueError(
+                f"tokenizer: expected ids from 0 to {self.size - 1}, of which the model has token vectors, got {last}. "
+                "It is another model's tokenizer."
+            )
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, Any]:
+        try:
+            parts = json.loads(self.tokenizer)
+            return {**parts, "model": dict(parts["model"])}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"tokenizer: expected the JSON of a tokenizer, got one that cannot be read ({type(error).__name__}: "
+                f"{error})."
+            ) from error
+
+    @functools.cached_property
+    def _added(self) -> dict[int, str]:
+        return {added["id"]: added["content"] for added in self._parts.get("added_tokens") or ()}
+
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        vocabulary = self._parts["model"].get("vocab", {})
+        if isinstance(vocabulary, list):  # unigram: (token, score)
+            vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+        return {i: token for token, i in vocabulary.items()} | self._added
+
+    @functools.cached_property
+    def spellings(self) -> tuple[bytes, ...]:
+        """The bytes that every token spells, special ones their names; b"" for ids without a token."""
+        byte_level = '"ByteLevel"' in json.dumps([self._parts.get(k) for k in ("pre_tokenizer", "decoder")])
+        letters = byte_letters()
+
+        def spelled(i: int) -> bytes:
+            token = self._names.get(i, "")
+            if i not in self._added and byte_level and all(c in letters for c in token):
+                return bytes(letters[c] for c in token)
+            if i not in self._added and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("\u2581", " ").encode("utf-8", "surrogatepass")
+
+        return tuple(map(spelled, range(self.size)))
+
+    @functools.cached_property
+    def lengths(self) -> Int[np.ndarray, " V"]:
+        """Bytes that every token spells; 0 for the begin-of-path token."""
+        return np.array([0 if i == self.begin else len(s) for i, s in enumerate(self.spellings)], dtype=np.int64)
+
+    @functools.cached_property
+    def _encoder(self) -> Any:
+        encoder = optional("tokenizers").Tokenizer.from_str(self.tokenizer)
+        encoder.no_truncation()  # which a file may ask for, and which would cut texts silently
+        encoder.no_padding()
+        return encoder
+
+    @functools.cached_property
+    def _unknown(self) -> int | None:
+        model = self._parts["model"]
+        name = model.get("unk_token")
+        ids = {token: i for i, token in self._names.items()}
+        return model.get("unk_id") if "unk_id" in model else ids.get(name)
+
+    def encode(self, text: str) -> Int32[np.ndarray, " N"]:
+        """Token ids [N] of `text`; no special tokens are added. Raises ValueError for what it cannot represent."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, on all cores."""
+        for text in texts:
+            _utf8(text)
+        encodings = self._encoder.encode_batch(list(texts), add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if token == self._unknown and text[start:end].strip() != self._names.get(token):
+                    raise ValueError(
+                        f"text: the tokenizer cannot represent {text[start:end][:20]!r} at character {start}. "
+                        "Leave it out, or give token ids."
+                    )
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, tokens: Any) -> str:
+        """The text of tokens [N], special ones by their names, but for the begin-of-path token, which is left out.
+
+        Where a tokenizer is not lossless, neither is this. Raises ValueError for ids out of range.
+        """
+        tokens = _checked(tokens, self.size)
+        return self._encoder.decode([int(t) for t in tokens if t != self.begin], skip_special_tokens=False)
+
+    def symbol(self, token: int) -> str:
+        """One token for display, as `BPEVocabulary.symbol` has it; special tokens by their names."""
+        (token,) = _checked([token], self.size)
+        return _displayed(self.spellings[token]) or f"<{token}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, from which `vocabulary_from_dict` makes an equal vocabulary."""
+        return {"kind": "tokenizer", "tokenizer": self.tokenizer, "begin": self.begin, "size": self.size}
+
+
+Vocabulary = ByteVocabulary | BPEVocabulary | SymbolVocabulary | TokenizerVocabulary
+
+_VOCABULARIES: dict[str, type] = {
+    "bytes": ByteVocabulary,
+    "bpe": BPEVocabulary,
+    "symbols": SymbolVocabulary,
+    "tokenizer": TokenizerVocabulary,
+}
 
 
 def vocabulary_from_dict(data: Mapping[str, Any]) -> Vocabulary:
@@ -478,7 +599,7 @@ def _not_utf8(file: Path, byte: int, at: int) -> CorpusError:
 def _rows_of_file(file: Path, config: TextData) -> Iterator[str]:
     if file.stat().st_size == 0:
         return iter(())
-    datasets = _optional("datasets")
+    datasets = optional("datasets")
     loader = _LOADERS[file.suffix.lower()]
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -535,7 +656,7 @@ def _texts(
 
 
 def _hub(config: TextData) -> Iterator[str]:
-    datasets, hub = _optional("datasets"), _optional("huggingface_hub")
+    datasets, hub = optional("datasets"), optional("huggingface_hub")
 
     def rows() -> Iterator[dict[str, Any]]:
         try:
@@ -564,13 +685,14 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {message[:300]}" if message else type(error).__name__
 
 
-def _optional(name: str) -> ModuleType:
+def optional(name: str, extra: str = "text") -> ModuleType:
+    """A module of a package that only the extra `extra` needs. Raises ImportError that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
             f"this needs the package {name!r}, which cannot be imported ({error}). "
-            f"Install it with: pip install 'jaxwalk[text]'"
+            f"Install it with: pip install 'jaxwalk[{extra}]'"
         ) from error
 
 
@@ -917,8 +1039,9 @@ def _open(folder: Path, fingerprint: str) -> TokenStore:
             f"{folder}: expected the store with fingerprint {fingerprint}, got {found}: it was made from another "
             f"corpus or tokenizer, or by another version. {remedy}"
         )
-    if isinstance(vocabulary, SymbolVocabulary):
-        raise StoreError(f"{folder}: expected a vocabulary of bytes or bpe, got symbols. {remedy}")
+    if not isinstance(vocabulary, ByteVocabulary | BPEVocabulary):
+        kind = "symbols" if isinstance(vocabulary, SymbolVocabulary) else "a tokenizer"
+        raise StoreError(f"{folder}: expected a vocabulary of bytes or bpe, got {kind}. {remedy}")
 
     def mapped(name: str, dtype: str, count: int) -> np.ndarray:
         file, size = folder / name, count * np.dtype(dtype).itemsize

@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -33,6 +32,7 @@ from jaxwalk.checkpoint import Checkpoints, definition_of, prepare_workdir, read
 from jaxwalk.config import ConfigError, MeshConfig, OptimConfig, TrainConfig, WorldData
 from jaxwalk.filters import Key, stream
 from jaxwalk.paths import next_log_probs, sample_paths, scored_steps, step_log_probs
+from jaxwalk.sharding import shardings
 from jaxwalk.transformer import Transformer, astype
 
 
@@ -213,15 +213,6 @@ def train_step(
     return State(optax.apply_updates(state.model, updates), moments), metrics
 
 
-# Where a parameter lies on the mesh, by its path. The first rule that matches; replicated without one.
-SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embed/(table|weight)$", PartitionSpec("model", None)),
-    (r"(qkv|value|up|gate)/weight$", PartitionSpec(None, "model")),
-    (r"(qkv|value|up|gate)/bias$", PartitionSpec("model")),
-    (r"(out|down)/weight$", PartitionSpec("model", None)),
-)
-
-
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh (data, model). Raises ConfigError if there are too few devices, or some process would have none."""
     devices = jax.devices()
@@ -233,24 +224,6 @@ def make_mesh(config: MeshConfig) -> Mesh:
         )
     axes = (AxisType.Auto,) * 2
     return jax.make_mesh((data, config.model), ("data", "model"), axis_types=axes, devices=devices[:size])
-
-
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of each leaf of a pytree (of arrays or ShapeDtypeStructs), by `SHARDING_RULES`.
-
-    The optimizer's moments end in the same names as their parameters, and so lie where these lie. A leaf whose
-    size does not divide is replicated.
-    """
-
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next((spec for pattern, spec in SHARDING_RULES if re.search(pattern, name)), PartitionSpec())
-        ways = [1 if axis is None else mesh.shape[axis] for axis in spec]
-        if len(spec) > leaf.ndim or any(n % w for n, w in zip(leaf.shape, ways, strict=False)):
-            spec = PartitionSpec()
-        return NamedSharding(mesh, spec)
-
-    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def make_call(

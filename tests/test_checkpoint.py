@@ -88,6 +88,11 @@ def test_load_gives_the_model_and_its_vocabulary(run):
 
 def test_a_single_step_loads_by_itself(run, tmp_path):
     alone = shutil.copytree(run / "checkpoints" / "parameters" / "60", tmp_path / "elsewhere")
+    mesh = training.make_mesh(MeshConfig(data=4, model=2))
+    placed, _ = jw.load(run, mesh=mesh)
+    assert [a.sharding for a in jax.tree.leaves(placed)] == jax.tree.leaves(jw.sharding.shardings(placed, mesh))
+    for a, b in zip(leaves(placed), leaves(jw.load(run)[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
     for a, b in zip(leaves(jw.load(alone)[0]), leaves(jw.load(run)[0]), strict=True):
         np.testing.assert_array_equal(a, b)
 

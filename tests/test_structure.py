@@ -16,6 +16,7 @@ PACKAGE = Path(jw.__file__).parent
 LEVELS = {
     "_versions": 0,
     "_product": 0,
+    "sharding": 0,
     "config": 0,
     "filters": 1,
     "worlds": 1,
@@ -24,7 +25,7 @@ LEVELS = {
     "transformer": 3,
     "paths": 4,
     "checkpoint": 4,
-    "pretrained": 4,
+    "pretrained": 5,
     "sensitivity": 5,
     "decomposition": 5,
     "lenses": 5,
@@ -116,11 +117,11 @@ def test_importing_the_package_imports_no_jax(imports):
 
 
 def test_importing_every_room_of_the_core_imports_no_extra():
-    code = "import jaxwalk, sys\n[getattr(jaxwalk, n) for n in ('sensitivity', 'sample_paths', 'init')]\n"
+    code = "import jaxwalk, sys\n[getattr(jaxwalk, n) for n in ('sensitivity', 'sample_paths', 'init', 'load')]\n"
     assert (
         run(
             code + "print([m for m in ('datasets', 'tokenizers', 'matplotlib', 'plotly', 'tyro', 'scipy.stats', "
-            "'torch') if m in sys.modules])"
+            "'torch', 'gguf', 'huggingface_hub', 'safetensors') if m in sys.modules])"
         ).strip()
         == "[]"
     )

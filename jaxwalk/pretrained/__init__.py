@@ -1,0 +1,128 @@
+"""Pretrained models: foreign checkpoints, loaded as the same Transformer that training makes.
+
+A file `foo.py` here defines `FAMILY`: which config keys of which model types mean what, and which tensors are which
+parameters (see `_family.py`). That is all there is to adding one. Formats, tokenizers and the hub are in files with an
+underscore. What could be loaded wrongly is refused.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxwalk import checkpoint
+from jaxwalk.checkpoint import CheckpointError
+from jaxwalk.config import ConfigError
+from jaxwalk.pretrained._export import export
+from jaxwalk.pretrained._family import assemble, families, family_of, read_config
+from jaxwalk.pretrained._gguf import GGUFFile, GGUFTensors
+from jaxwalk.pretrained._hub import download, is_repository
+from jaxwalk.pretrained._safetensors import PICKLED, Safetensors, files_of, refusal
+from jaxwalk.pretrained._tokenizer import of_folder, of_gguf
+from jaxwalk.text import Vocabulary
+from jaxwalk.transformer import Transformer
+
+__all__ = ["export", "load", "names"]
+
+_WEIGHTS = (".safetensors", ".gguf", *PICKLED)
+
+
+def names() -> tuple[str, ...]:
+    """The names of all families."""
+    return tuple(families())
+
+
+def load(
+    source: str | os.PathLike[str],
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+    revision: str | None = None,
+) -> tuple[Transformer, Vocabulary | None]:
+    """A model and its vocabulary: `model, vocabulary`. The vocabulary is None where there is none.
+
+    source: a run's folder, or one step copied from it; a folder as Hugging Face's transformers writes it, with
+        config.json, safetensors and perhaps tokenizer.json; a .safetensors file, with these beside it; a .gguf file;
+        or the id of a repository on the Hugging Face hub.
+    dtype: of parameters and computation. Tensors are cast one by one, so that there are never two copies of a model.
+    mesh: devices to place the parameters on, in parts, as training does; by default all are on one device.
+    step: of a run: a kept step's number, the latest, or the best by evaluation loss.
+    revision: of a repository on the hub: a branch, tag or commit.
+
+    The vocabulary has encode(str) -> [N], which adds no special tokens, decode([N]) -> str, and begin: id or None.
+    Parameters are what the file holds, transposed, concatenated and cast, but never altered. Raises CheckpointError
+    for what is not there or cannot be read, and for what would be another model: config keys that are not known, and
+    tensors that are missing, not known or misshapen, each named. Raises ConfigError for a dtype that is no float, and
+    for a step or a revision of what has none.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ConfigError(f"dtype: expected a floating-point one, got {dtype}. Parameters are real numbers.")
+    path = Path(source)
+    on_hub = not path.exists() and is_repository(source) and path.suffix not in _WEIGHTS
+    if revision is not None and not on_hub:
+        raise ConfigError(f"revision: expected a repository on the hub to take it from, got {path}.")
+    if not on_hub and not path.is_file() and not _is_foreign(path):
+        return checkpoint.load(path, dtype, mesh, step=step)
+    if step != "latest":
+        raise ConfigError(f"step: expected a run's folder to take it from, got {path}. Leave it out.")
+    if on_hub:
+        return _load_folder(download(str(source), revision), dtype, mesh)
+    if path.is_file():
+        return _load_file(path, dtype, mesh)
+    if not (path / "config.json").is_file():
+        return _load_file(next(path.glob("*.gguf")), dtype, mesh)
+    return _load_folder(path, dtype, mesh)
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether this is the folder of a pretrained model: with a config.json that is none of ours, or one GGUF file."""
+    if not (folder / "config.json").is_file():
+        return folder.is_dir() and len(list(folder.glob("*.gguf"))) == 1
+    if (folder / "checkpoints").is_dir():
+        return False
+    return not {"format_version", "config"} <= _read_json(folder / "config.json").keys()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        given = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}).") from error
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(given).__name__}.")
+    return given
+
+
+def _load_file(path: Path, dtype: Any, mesh: Mesh | None) -> tuple[Transformer, Vocabulary | None]:
+    if path.suffix == ".gguf":
+        file = GGUFFile(path)
+        family, config = file.model()
+        model = assemble(family, config, GGUFTensors(file, family, config), dtype, mesh, path)
+        return model, of_gguf(file.metadata, config.vocab_size)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            refusal(path) if path.suffix in PICKLED else f"{path}: expected a .safetensors or .gguf file, or a folder."
+        )
+    if not (path.parent / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: expected config.json beside it, which says what its tensors are; there is none."
+        )
+    return _load_folder(path.parent, dtype, mesh, path)
+
+
+def _load_folder(
+    folder: Path, dtype: Any, mesh: Mesh | None, file: Path | None = None
+) -> tuple[Transformer, Vocabulary | None]:
+    given = _read_json(folder / "config.json")
+    try:
+        family = family_of(given.get("model_type"))
+        config = read_config(family, given)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    store = Safetensors([file] if file is not None else files_of(folder))
+    model = assemble(family, config, store, dtype, mesh, file or folder)
+    return model, of_folder(folder, given, config.vocab_size)

@@ -1,0 +1,118 @@
+"""The vocabulary of a pretrained model: from its folder's tokenizer.json, or from the tables inside a GGUF file."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxwalk.checkpoint import CheckpointError
+from jaxwalk.text import TokenizerVocabulary
+
+
+def of_folder(folder: Path, config: Mapping[str, Any], size: int) -> TokenizerVocabulary | None:
+    """The vocabulary of a Hugging Face folder; None without tokenizer.json: token ids are all that is needed.
+
+    The begin-of-path token is the tokenizer's bos_token, or without a word about one the config's bos_token_id.
+    Raises CheckpointError for one that cannot be read, or that is another model's.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        tokenizer = file.read_text("utf-8")
+        added = {token["content"]: token["id"] for token in json.loads(tokenizer).get("added_tokens") or ()}
+        said: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                said.update(json.loads((folder / name).read_text("utf-8")))
+        begin = config.get("bos_token_id")
+        if "bos_token" in said:
+            token = said["bos_token"]
+            token = token["content"] if isinstance(token, dict) else token
+            begin = None if token is None else added[token] if token in added else _id(tokenizer, token)
+        return TokenizerVocabulary(tokenizer, begin, size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read as the model's tokenizer ({type(error).__name__}: {error}). Remove it to load the "
+            "model without: token ids still work."
+        ) from error
+
+
+def _id(tokenizer: str, token: str) -> int | None:
+    vocabulary = json.loads(tokenizer)["model"]["vocab"]
+    return vocabulary.get(token) if isinstance(vocabulary, dict) else None
+
+
+def _byte_level(regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _byte_level(False)]}
+
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = _byte_level(True)
+# Every digit is a word of its own before the rest is split as for GPT-2, so that no space goes with it.
+_DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]}
+
+# How words are split before pairs are merged, by the kind that a GGUF file names: after llama.cpp's list of them in
+# llama-vocab.cpp and the tokenizer.json of the models that each is for.
+_PRETOKENIZERS: Mapping[str, dict[str, Any]] = {
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3"), _split(_WORDS % r"\p{N}{1,3}")),
+    "qwen2": _split(_WORDS % r"\p{N}"),
+}
+_NORMALIZERS = {"qwen2": {"type": "NFC"}}
+_WHOLE_WORDS = ("llama-bpe", "llama3")  # a word that is a token is that token, whatever its pairs would merge to
+_CONTROL, _USER = 3, 4  # types of tokens that are read out of a text by their names
+
+
+def of_gguf(metadata: Mapping[str, Any], size: int) -> TokenizerVocabulary | None:
+    """The vocabulary in a GGUF file; None, with a warning that says why, for kinds that are not known."""
+    kind, pre = metadata.get("tokenizer.ggml.model"), str(metadata.get("tokenizer.ggml.pre"))
+    if kind is None or "tokenizer.ggml.tokens" not in metadata:
+        return None
+    if kind != "gpt2" or pre not in _PRETOKENIZERS:
+        warnings.warn(
+            f"its tokenizer is of a kind that is not known here (model {kind!r}, pre-tokenizer {pre!r}; known: model "
+            f"'gpt2' with {', '.join(sorted(_PRETOKENIZERS))}). The vocabulary is None; token ids still work.",
+            stacklevel=3,
+        )
+        return None
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    added = [
+        {
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind_of == _CONTROL,
+        }
+        for i, (token, kind_of) in enumerate(zip(tokens, types, strict=True))
+        if kind_of in (_CONTROL, _USER)
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": _NORMALIZERS.get(pre),
+        "pre_tokenizer": _PRETOKENIZERS[pre],
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "ignore_merges": pre in _WHOLE_WORDS,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]],
+        },
+    }
+    begin = metadata.get("tokenizer.ggml.bos_token_id")
+    return TokenizerVocabulary(json.dumps(tokenizer, ensure_ascii=False), begin, size)

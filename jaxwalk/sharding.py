@@ -1,0 +1,33 @@
+"""Where each parameter lies on a mesh of devices."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Where a parameter lies on the mesh, by its path. The first rule that matches; replicated without one.
+SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed/(table|weight)$", PartitionSpec("model", None)),
+    (r"(qkv|value|up|gate)/weight$", PartitionSpec(None, "model")),
+    (r"(qkv|value|up|gate)/bias$", PartitionSpec("model")),
+    (r"(out|down)/weight$", PartitionSpec("model", None)),
+)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of each leaf of a pytree (of arrays or ShapeDtypeStructs), by `SHARDING_RULES`.
+
+    The optimizer's moments end in the same names as their parameters, and so lie where these lie. A leaf whose
+    size does not divide is replicated.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next((spec for pattern, spec in SHARDING_RULES if re.search(pattern, name)), PartitionSpec())
+        ways = [1 if axis is None else mesh.shape[axis] for axis in spec]
+        if len(spec) > leaf.ndim or any(n % w for n, w in zip(leaf.shape, ways, strict=False)):
+            spec = PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
