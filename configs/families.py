@@ -41,7 +41,7 @@ def get_config(name: str = "associative_recall") -> TrainConfig:
     """What all families share on one data set, with attention."""
     data, shape, training = DATA[name]
     return TrainConfig(
-        name=f"families-{name}",
+        name="families",
         data=data,
         model=ModelConfig(
             **shape,
