@@ -47,7 +47,7 @@ CHOICES = {
         "norm": "rms_norm",
         "norm_unit_offset": True,
         "positions": "none",
-        "embed_scale": 4.0,
+        "embed_scale": 3.0,
         "tied": True,
         "logit_softcap": 2.0,
         "aggregate": tuple(
@@ -410,7 +410,7 @@ def test_tied_weights_are_one_leaf():
     gradient = jax.jit(jax.grad(lambda m: jw.path_log_prob(m, TOKENS)))(tied)
     assert np.abs(gradient.embed.table).sum(-1).all()
     scaled = model("sandwich-capped-scaled-tied")
-    np.testing.assert_allclose(scaled.token_vectors, 4 * scaled.output_vectors, rtol=1e-6)
+    np.testing.assert_allclose(scaled.token_vectors, 3 * scaled.output_vectors, rtol=1e-6)
     np.testing.assert_array_equal(scaled.walk(TOKENS).stations[0], scaled.token_vectors[TOKENS])
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, percentiles, resampled_means
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.filters import Embed, LayerNorm, LearnedPositions, Linear, Norm, SinusoidalPositions, Unembed
+from jaxwalk.filters import LayerNorm, LearnedPositions, Linear, Norm, SinusoidalPositions, Unembed
 from jaxwalk.transformer import Layer, Transformer
 
 FLOATS = 1 << 20
