@@ -296,8 +296,8 @@ def test_a_nudge_is_added_at_its_station():
 
 
 @on("post-rms-sinusoidal-tied-gated", "pre-alternating", "res_post-offset")
-def test_packed_and_padded_paths_are_walked_as_if_alone(name):
-    m = model(name)
+def test_packed_and_padded_paths_are_walked_as_if_alone(name, x64):
+    m = to64(model(name))
     walk = jax.jit(lambda m, t, s: m.walk(t, segments=s).stations)
     alone = jax.jit(lambda m, t: m.walk(t).stations)
     docs = [alone(m, TOKENS[:4]), alone(m, TOKENS[4:])]
@@ -305,7 +305,7 @@ def test_packed_and_padded_paths_are_walked_as_if_alone(name):
         stations = walk(m, TOKENS, jnp.repeat(jnp.array(ids), 4))
         for i, doc in enumerate(docs):
             if ids[i]:
-                np.testing.assert_allclose(stations[:, 4 * i : 4 * i + 4], doc, atol=2e-6, rtol=1e-5)
+                np.testing.assert_allclose(stations[:, 4 * i : 4 * i + 4], doc, atol=1e-12, rtol=1e-12)
 
 
 def test_overriding_and_recording_the_mixing():
