@@ -109,6 +109,83 @@ class AggregateConfig(Checked):
 
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Placement = Literal["pre", "post", "parallel", "sandwich", "res_post"]
+"""Where a layer's norms are: see `Layer`."""
+
+
+@dataclass(frozen=True)
+class LinearScaling(Checked):
+    """Rotary frequencies divided by `factor`: position interpolation (Chen et al., arXiv 2306.15595)."""
+
+    factor: float
+
+    def check(self) -> Iterable[str]:
+        yield from _at_least(self, factor=1)
+
+
+@dataclass(frozen=True)
+class Llama3Scaling(Checked):
+    """Rotary frequencies divided by `factor` where low, kept where high, and blended between (Llama 3.1).
+
+    Low: fewer than `low_freq_factor` turns within `original_length` positions. High: more than `high_freq_factor`.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+    """The longest path before the scaling."""
+
+    def check(self) -> Iterable[str]:
+        yield from _at_least(self, factor=1, low_freq_factor=0, original_length=1)
+        if not self.high_freq_factor > self.low_freq_factor:
+            yield f"high_freq_factor: expected more than low_freq_factor, got {self.high_freq_factor}"
+
+
+@dataclass(frozen=True)
+class YarnScaling(Checked):
+    """YaRN (Peng et al., arXiv 2309.00071): frequencies divided by `factor` where low, kept where high; a ramp between.
+
+    Low: at most `beta_slow` turns within `original_length` positions. High: at least `beta_fast`. The ramp is linear in
+    the number of the frequency, and `truncate` says whether its ends are rounded outwards to whole ones.
+    """
+
+    factor: float
+    original_length: int
+    """The longest path before the scaling."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    """What rotated queries and keys are multiplied by; by default 0.1 ln(factor) + 1."""
+    truncate: bool = True
+
+    def check(self) -> Iterable[str]:
+        yield from _at_least(self, factor=1, original_length=1, beta_slow=0, attention_factor=0)
+        if not self.beta_fast > self.beta_slow:
+            yield f"beta_fast: expected more than beta_slow, got {self.beta_fast}"
+
+
+@dataclass(frozen=True)
+class LongRopeScaling(Checked):
+    """LongRoPE (Ding et al., arXiv 2402.13753): each rotary frequency divided by a factor of its own.
+
+    A checkpoint has a set for paths up to its original length and another for longer ones. A model has one of them,
+    chosen when it is made: if a path's length chose, a prefix would have other context vectors than within its path.
+    """
+
+    factors: tuple[float, ...]
+    """One for each pair of rotated channels."""
+    attention_factor: float = 1.0
+    """What rotated queries and keys are multiplied by."""
+
+    def check(self) -> Iterable[str]:
+        yield from _at_least(self, attention_factor=0)
+        if not self.factors or not all(factor > 0 for factor in self.factors):
+            yield f"factors: expected positive numbers, got {self.factors}"
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+"""How rotary frequencies are changed so that paths may be longer than those first trained on."""
 
 
 @dataclass(frozen=True)
@@ -139,24 +216,41 @@ class ModelConfig(Checked):
     depth: int = 4
     aggregate: str | AggregateConfig | tuple[str | AggregateConfig, ...] = "attention"
     filter: MLPConfig | tuple[MLPConfig | None, ...] | None = field(default_factory=MLPConfig)
-    placement: Literal["pre", "post", "parallel"] = "pre"
+    placement: Placement = "pre"
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     norm_bias: bool = True
+    """Of LayerNorm; RMSNorm has none."""
     norm_eps: float = 1e-5
+    norm_unit_offset: bool = False
+    """RMSNorm multiplies by 1 + scale instead of scale, as in Gemma."""
     positions: Literal["learned", "sinusoidal", "none"] = "learned"
+    position_offset: int = 0
+    """Row of the learned table that position 0 has: 2 in OPT. The table has max_length + position_offset rows."""
+    embed_scale: float = 1.0
+    """What rows of the embedding matrix are multiplied by to be token vectors: sqrt(width) in Gemma."""
     tied: bool = False
-    """Whether the output vectors are the token vectors."""
+    """Whether the output vectors are the rows of the embedding matrix."""
     unembed_bias: bool = False
+    logit_softcap: float | None = None
+    """Logits become cap * tanh(logits / cap), as in Gemma 2 (Bello et al., arXiv 1611.09940)."""
     scan: bool | None = None
     """Compile one period of layers and scan over it; by default when there are more than 12 layers."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, a third more time."""
 
     def check(self) -> Iterable[str]:
-        yield from _at_least(self, vocab_size=1, max_length=1, width=1, depth=0, norm_eps=0)
+        yield from _at_least(self, vocab_size=1, max_length=1, width=1, depth=0, norm_eps=0, position_offset=0)
         for what in ("aggregate", "filter"):
             if getattr(self, what) == ():
                 yield f"{what}: expected a choice, or a tuple of at least one, got ()"
+        if self.norm_unit_offset and self.norm != "rms_norm":
+            yield f"norm_unit_offset: expected norm = 'rms_norm', got {self.norm!r}"
+        if self.position_offset and self.positions != "learned":
+            yield f"position_offset: expected positions = 'learned', got {self.positions!r}"
+        for what in ("embed_scale", "logit_softcap"):
+            value = getattr(self, what)
+            if value is not None and not value > 0:
+                yield f"{what}: expected more than 0, got {value}"
 
 
 @dataclass(frozen=True)
@@ -302,7 +396,7 @@ class TrainConfig(Checked):
 
 # Data form. Where a field can hold one of several dataclasses, the dict says which under "kind".
 
-_KINDS = {c.__name__: c for c in (MLPConfig, WorldData, TextData)}
+_KINDS = {c.__name__: c for c in (MLPConfig, WorldData, TextData, *typing.get_args(RopeScaling))}
 
 
 def to_dict(config: Any) -> Any:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxwalk.filters import MLP, GatedMLP, row, wide
+from jaxwalk.filters import MLP, GatedMLP, row, softcap_gate, wide
 from jaxwalk.transformer import Index, Layer, Segments, Tokens, Transformer, Walk, check_index, check_tokens, plain
 
 ADDITIVE = frozenset({"bias"})
@@ -88,8 +88,9 @@ class StepTokenDecomposition(NamedTuple):
 class HeadDecomposition(NamedTuple):
     """What one layer's aggregate adds, split by head (or channel) and source position: by_head.sum((0, 1)) + bias.
 
-    by_head: [G, T, D], A_tj times the value at j, read out and carried. bias: [D], of the readout; the bias of the
-    values travels with the values. whole: [D], the aggregate's own move, carried. error: as in `Decomposition`.
+    by_head: [G, T, D], A_tj times the value at j, read out and carried. bias: [D], of the readout and of a norm of it;
+    the bias of the values travels with the values. whole: [D], the aggregate's own move, carried. error: as in
+    `Decomposition`.
     """
 
     by_head: Float[Array, "G T D"]
@@ -101,8 +102,8 @@ class HeadDecomposition(NamedTuple):
 class NeuronDecomposition(NamedTuple):
     """What one layer's filter adds, split by neuron: by_neuron.sum(0) + bias = whole, all carried.
 
-    by_neuron: [E, D], each neuron's activation times its row of `down`. bias: [D], of `down`. whole: [D], the
-    filter's own move, carried. error: as in `Decomposition`.
+    by_neuron: [E, D], each neuron's activation times its row of `down`. bias: [D], of `down` and of a norm
+    of its output. whole: [D], the filter's own move, carried. error: as in `Decomposition`.
     """
 
     by_neuron: Float[Array, "E D"]
@@ -190,23 +191,39 @@ def decompose_neurons(
     return _asked(_by_neuron, model, tokens, at, station, segments, layer)
 
 
-def logit_readout(model: Transformer, token: Index) -> Readout:
-    """The logit of `token`: u . c + b. Raises ValueError for an id that is out of range."""
+def logit_readout(model: Transformer, token: Index, context: Float[Array, " D"] | None = None) -> Readout:
+    """The logit of `token`: u . c + b. Where the model soft-caps its logits, g (u . c + b) with g held.
+
+    context: what g is held at, tanh(a / cap) / (a / cap) for the logit a before the cap. Raises ValueError where it is
+    needed and not given, and for an id that is out of range.
+    """
     token = check_index("token", token, model.vocab_size, from_end=False)
     U, bias = model.output_vectors, model.unembed.bias
-    return Readout(row(U, token), jnp.zeros((), U.dtype) if bias is None else bias[token])
+    direction, constant = row(U, token), jnp.zeros((), U.dtype) if bias is None else bias[token]
+    if model.unembed.softcap is None:
+        return Readout(direction, constant)
+    if context is None:
+        raise ValueError(
+            f"context: expected a context vector, as this model soft-caps its logits at {model.unembed.softcap:g}, and "
+            "how much depends on it; got None."
+        )
+    gate = softcap_gate(direction @ context + constant, model.unembed.softcap)
+    return Readout(gate * direction, gate * constant)
 
 
 def log_prob_readout(model: Transformer, context: Float[Array, " D"], token: Index) -> Readout:
     """log p(token) at the law p of this context, in nats: (u - E_p u) . c + (b - E_p b) - H(p), with p held.
 
-    The constant holds the entropy -H(p), without which the parts would sum to the centred logit and no more. Raises
-    ValueError for an id that is out of range.
+    The constant holds the entropy -H(p), without which the parts would sum to the centred logit and no more. Where the
+    model soft-caps its logits, each u and b is times its gate, as in `logit_readout`. Raises ValueError for an id that
+    is out of range.
     """
-    direction, constant = logit_readout(model, token)
+    direction, constant = logit_readout(model, token, context)
     logits = model.logits(context)
     p, log_p = jax.nn.softmax(logits), jax.nn.log_softmax(logits)
     entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0))
+    if model.unembed.softcap is not None:
+        p = p * softcap_gate(model.unembed.uncapped(context, model.embed.table), model.unembed.softcap)
     mean_bias = 0 if model.unembed.bias is None else p @ model.unembed.bias
     return Readout(direction - p @ model.output_vectors, constant - mean_bias - entropy)
 
@@ -225,7 +242,7 @@ def _asked(
 ) -> Any:
     """The result of a cut, jitted, if it is one."""
     tokens = check_tokens(model, tokens)
-    dtype = model.token_vectors.dtype
+    dtype = model.embed.table.dtype
     if dtype not in TOLERANCE:
         raise ValueError(f"model: expected float32 or float64, got {dtype}. Use jw.astype(model, jnp.float32).")
     T, S = len(tokens), 2 * model.depth + 1
@@ -335,12 +352,14 @@ class _Target:
         def aggregate(layer: Layer, x: Array) -> Array:
             h = layer.source(x, layer.aggregate_norm, hold=True)
             A = lax.stop_gradient(layer.aggregate.mixing(h, segments=self.segments))
-            return layer.aggregate.apply_mixing(h, A, self.segments, hold=True)[self.at]
+            y = layer.aggregate.apply_mixing(h, A, self.segments, hold=True)[self.at]
+            return layer.added(y[None], *layer.aggregate_norms, hold=True)[0]
 
         def filter(layer: Layer, x: Array) -> Array:
             if layer.filter is None or layer.filter_norm is None:
                 return jnp.zeros_like(x[0])
-            return layer.filter(layer.source(x[self.at][None], layer.filter_norm, hold=True)[0], hold=True)
+            y = layer.filter(layer.source(x[self.at][None], layer.filter_norm, hold=True)[0], hold=True)
+            return layer.added(y[None], *layer.filter_norms, hold=True)[0]
 
         return (aggregate, before[0]), (filter, before[1])
 
@@ -430,24 +449,24 @@ def _by_step_and_token(target: _Target) -> StepTokenDecomposition:
 
 def _by_head(target: _Target, number: int) -> HeadDecomposition:
     layer, at = target.model.layers[number], target.at
-    aggregate = layer.aggregate
     h = layer.source(target.walk.stations[2 * number], layer.aggregate_norm, hold=True)
-    values = aggregate.values(h, target.segments, hold=True)  # [G, T, K]
-    parts = aggregate.mixing(h, at[None], target.segments)[:, 0, :, None] * values
+    values = layer.aggregate.values(h, target.segments, hold=True)  # [G, T, K]
+    parts = layer.aggregate.mixing(h, at[None], target.segments)[:, 0, :, None] * values
 
-    def readout(aggregate: Any, y: Array) -> Array:
-        return aggregate.readout(y[:, None], h[at][None], hold=True)[0]
+    def readout(layer: Layer, y: Array) -> Array:
+        y = layer.aggregate.readout(y[:, None], h[at][None], hold=True)
+        return layer.added(y, *layer.aggregate_norms, hold=True)[0]
 
     y = parts.sum(1)
 
     def of_head(g: Array) -> Array:
         def read(part: Array) -> Array:
-            return _derivative(functools.partial(readout, aggregate), y, jnp.zeros_like(y).at[g].set(part))
+            return _derivative(functools.partial(readout, layer), y, jnp.zeros_like(y).at[g].set(part))
 
         return target.carry_move(2 * number, jax.vmap(read)(parts[g]))
 
     by_head = lax.map(of_head, jnp.arange(len(parts)))
-    bias = target.carry_move(2 * number, _along_biases(lambda aggregate: readout(aggregate, y), aggregate))
+    bias = target.carry_move(2 * number, _along_biases(lambda layer: readout(layer, y), layer))
     whole = target.carry_move(2 * number, target.walk.moves[2 * number, at])
     return HeadDecomposition(by_head, bias, whole, _error(whole, by_head.sum((0, 1)) + bias))
 
@@ -457,7 +476,15 @@ def _by_neuron(target: _Target, number: int) -> NeuronDecomposition:
     filter, norm = layer.filter, layer.filter_norm
     before = target.walk.stations[2 * number + (0 if layer.placement == "parallel" else 1)]
     active = filter.hidden(layer.source(before[at][None], norm)[0])  # type: ignore[union-attr, arg-type]
-    by_neuron = target.carry_move(2 * number + 1, active[:, None] * filter.down.weight)  # type: ignore[union-attr]
-    bias = target.carry_move(2 * number + 1, _along_biases(lambda down: down(active), filter.down))  # type: ignore[union-attr]
+
+    def out(layer: Layer, y: Array) -> Array:
+        return layer.added(y[None], *layer.filter_norms, hold=True)[0]
+
+    y = filter.down(active)  # type: ignore[union-attr]
+    parts = active[:, None] * filter.down.weight  # type: ignore[union-attr]
+    parts = jax.vmap(functools.partial(_derivative, functools.partial(out, layer), y))(parts)
+    by_neuron = target.carry_move(2 * number + 1, parts)
+    biases = _along_biases(lambda layer: out(layer, layer.filter.down(active)), layer)
+    bias = target.carry_move(2 * number + 1, biases)
     whole = target.carry_move(2 * number + 1, target.walk.moves[2 * number + 1, at])
     return NeuronDecomposition(by_neuron, bias, whole, _error(whole, by_neuron.sum(0) + bias))

@@ -65,40 +65,71 @@ TABLE_STD = 0.02  # of token, position and output vectors at the start, as in GP
 
 @module
 class Embed(nnx.Module):
-    """Token id -> token vector e_v, row v of the embedding matrix E. An id out of range gives NaN."""
+    """Token id -> token vector e_v: row v of the embedding matrix, times `scale`. An id out of range gives NaN.
+
+    `scale` is rounded to the dtype of the matrix, as where it was trained.
+    """
 
     table: Float[Array, "V D"] = nnx.data()
+    scale: float = 1.0
 
     @staticmethod
-    def init(vocab_size: int, width: int, *, key: Key) -> "Embed":
-        """Normal token vectors."""
-        return Embed(normal(key, (vocab_size, width), TABLE_STD))
+    def init(vocab_size: int, width: int, *, scale: float = 1.0, key: Key) -> "Embed":
+        """Normal token vectors, of one size whatever the scale."""
+        return Embed(normal(key, (vocab_size, width), TABLE_STD / scale), scale)
 
     def __call__(self, token: Int[Array, ""]) -> Float[Array, " D"]:
-        return row(self.table, token)
+        return self.scaled(row(self.table, token))
+
+    def scaled(self, rows: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        """Rows of the embedding matrix as token vectors."""
+        return rows if self.scale == 1 else rows * self.scale
 
 
 @module
 class Unembed(nnx.Module):
-    """Context vector -> logits c . u_v + b_v. Tied: `weight` is None and the token vectors serve as output vectors."""
+    """Context vector -> logits c . u_v + b_v. Tied: `weight` is None, and the embedding matrix has the output vectors.
+
+    With a `softcap` the logits become softcap * tanh(logits / softcap).
+    """
 
     weight: Float[Array, "V D"] | None = nnx.data()
     bias: Float[Array, " V"] | None = nnx.data()
+    softcap: float | None = None
 
     @staticmethod
-    def init(vocab_size: int, width: int, *, tied: bool, bias: bool, key: Key) -> "Unembed":
+    def init(
+        vocab_size: int, width: int, *, tied: bool, bias: bool, softcap: float | None = None, key: Key
+    ) -> "Unembed":
         """Normal output vectors (none if tied), zero bias (none unless asked)."""
         weight = None if tied else normal(key, (vocab_size, width), TABLE_STD)
-        return Unembed(weight, jnp.zeros(vocab_size, jnp.float32) if bias else None)
+        return Unembed(weight, jnp.zeros(vocab_size, jnp.float32) if bias else None, softcap)
 
     def __call__(self, context: Float[Array, " D"], token_table: Float[Array, "V D"]) -> Float[Array, " V"]:
         """Logits, in at least float32. `token_table` is the embedding matrix, used where tied."""
+        logits = self.uncapped(context, token_table)
+        return logits if self.softcap is None else softcapped(logits, self.softcap)
+
+    def uncapped(self, context: Float[Array, " D"], token_table: Float[Array, "V D"]) -> Float[Array, " V"]:
+        """Logits before the soft cap."""
         weight = token_table if self.weight is None else self.weight
         if context.dtype == wide(context.dtype):
             logits = times(context, weight.T)
         else:
             logits = jnp.dot(weight, context, preferred_element_type=wide(context.dtype))
         return logits if self.bias is None else logits + self.bias.astype(logits.dtype)
+
+
+def softcapped(a: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
+    """cap tanh(a / cap): `a` where small, never beyond the cap."""
+    return cap * jnp.tanh(a / cap)
+
+
+def softcap_gate(a: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
+    """The coefficient of a soft cap that is held: softcapped(a) / a, and 1 at 0."""
+    x = a / cap
+    near = jnp.abs(x) < 1e-3  # where the series is exact and the quotient is not
+    return jnp.where(near, 1 - x * x / 3 + 2 * x**4 / 15, jnp.tanh(x) / jnp.where(near, 1, x))
 
 
 @module
@@ -124,19 +155,25 @@ class LayerNorm(nnx.Module):
 
 @module
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (Zhang and Sennrich, arXiv 1910.07467). The held coefficient is 1/rms."""
+    """x / rms(x) * scale (Zhang and Sennrich, arXiv 1910.07467). The held coefficient is 1/rms.
+
+    With `unit_offset` it is 1 + scale that multiplies, before rounding to the dtype of x (Gemma).
+    """
 
     scale: Float[Array, " D"] = nnx.data()
     eps: float = 1e-5
+    unit_offset: bool = False
 
     @staticmethod
-    def init(width: int, *, eps: float = 1e-5) -> "RMSNorm":
-        """Scale 1."""
-        return RMSNorm(jnp.ones(width, jnp.float32), eps)
+    def init(width: int, *, eps: float = 1e-5, unit_offset: bool = False) -> "RMSNorm":
+        """A multiplier of 1."""
+        return RMSNorm(jnp.full(width, 0.0 if unit_offset else 1.0, jnp.float32), eps, unit_offset)
 
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
         y = x.astype(wide(x.dtype))
         y = y * held(lax.rsqrt(jnp.mean(y * y) + self.eps), hold)
+        if self.unit_offset:
+            return (y * (1 + self.scale.astype(y.dtype))).astype(x.dtype)
         return y.astype(x.dtype) * self.scale
 
 
@@ -219,17 +256,23 @@ class GatedMLP(nnx.Module):
 
 @module
 class LearnedPositions(nnx.Module):
-    """Position -> row of a learned table. A position beyond the table gives NaN."""
+    """Position -> row position + `offset` of a learned table. A position beyond the table gives NaN."""
 
     table: Float[Array, "M D"] = nnx.data()
+    offset: int = 0
 
     @staticmethod
-    def init(max_length: int, width: int, *, key: Key) -> "LearnedPositions":
+    def init(max_length: int, width: int, *, offset: int = 0, key: Key) -> "LearnedPositions":
         """Normal position vectors."""
-        return LearnedPositions(normal(key, (max_length, width), TABLE_STD))
+        return LearnedPositions(normal(key, (max_length + offset, width), TABLE_STD), offset)
+
+    @property
+    def max_length(self) -> int:
+        """How many positions have a row."""
+        return self.table.shape[-2] - self.offset
 
     def __call__(self, position: Int[Array, ""]) -> Float[Array, " D"]:
-        return row(self.table, position)
+        return row(self.table, jnp.where(position < 0, -1, position + self.offset))
 
 
 @module

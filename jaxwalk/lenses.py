@@ -78,11 +78,11 @@ def jacobian_lens(
             stations = model.walk(path, nudge=everywhere).stations[:, t]
             return stations[-1], stations
 
-        _, pull, stations = jax.vjp(last, jnp.zeros((S, D), model.token_vectors.dtype), has_aux=True)
+        _, pull, stations = jax.vjp(last, jnp.zeros((S, D), model.embed.table.dtype), has_aux=True)
         rows = lax.map(lambda e: pull(e)[0][:-1], jnp.eye(D, dtype=stations.dtype), batch_size=min(D, 16))
         return jax.tree.map(jnp.add, total, (rows.swapaxes(0, 1), stations)), None
 
-    dtype = model.token_vectors.dtype
+    dtype = model.embed.table.dtype
     start = jnp.zeros((S - 1, D, D), dtype), jnp.zeros((S, D), dtype)
     (weight, mean), _ = lax.scan(one, start, (jnp.asarray(paths), jnp.asarray(at)))
     weight, mean = weight / len(paths), mean / len(paths)

@@ -65,7 +65,7 @@ def station_gradient(
     """
     model = plain(model)
     tokens = check_tokens(model, tokens, model.max_length + (of is None))
-    nudge = jnp.zeros((2 * model.depth + 1, len(tokens), model.width), model.token_vectors.dtype)
+    nudge = jnp.zeros((2 * model.depth + 1, len(tokens), model.width), model.embed.table.dtype)
     if of is not None:
         return jax.grad(lambda nudge: of(model.walk(tokens, nudge=nudge, segments=segments)))(nudge)
     return jax.grad(lambda nudge: path_log_prob(model, tokens, given, nudge, segments))(nudge)
@@ -102,7 +102,7 @@ def _sensitivity(model: Transformer, tokens: Array, segments: Segments | None) -
 
 def _sensitivity_rows(model: Transformer, tokens: Array, segments: Segments | None, rows: Array) -> Array:
     """The stated rows; zeros for those after the end."""
-    T, D, dtype = len(tokens), model.width, model.token_vectors.dtype
+    T, D, dtype = len(tokens), model.width, model.embed.table.dtype
     pull = _context_vjp(_filters_written_out(model, T), tokens, segments)
     passes = -(-D // max(1, min(64, PASSED // (T * max(T, D)))))
     together = -(-D // passes)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxwalk import aggregates
 from jaxwalk.aggregates._contract import Aggregate, runs_and_positions
-from jaxwalk.config import AggregateConfig, MLPConfig, ModelConfig
+from jaxwalk.config import AggregateConfig, MLPConfig, ModelConfig, Placement
 from jaxwalk.filters import (
     MLP,
     Embed,
@@ -89,14 +89,19 @@ class Layer(nnx.Module):
 
     pre: x + aggregate(norm(x)), then x + filter(norm(x)); post: norm(x + aggregate(x)), then norm(x + filter(x))
     (the stations are after the norm); parallel: x + aggregate(norm(x)) + filter(norm(x)), both from the same x
-    (the first station has the aggregate's part only). Without a filter the second station repeats the first.
+    (the first station has the aggregate's part only); res_post: x + norm(aggregate(x)), then x + norm(filter(x)) (Liu
+    et al., arXiv 2111.09883; OLMo 2); sandwich: x + out_norm(aggregate(norm(x))), then the filter likewise (Ding et
+    al., arXiv 2105.13290; Gemma 2). Only a sandwich has the norms `_out_norm`. Without a filter the second station
+    repeats the first.
     """
 
     aggregate_norm: Norm = nnx.data()
     aggregate: Aggregate = nnx.data()
     filter_norm: Norm | None = nnx.data()
     filter: Filter | None = nnx.data()
-    placement: Literal["pre", "post", "parallel"] = "pre"
+    placement: Placement = "pre"
+    aggregate_out_norm: Norm | None = nnx.data(default=None)
+    filter_out_norm: Norm | None = nnx.data(default=None)
 
     def __call__(
         self,
@@ -109,20 +114,38 @@ class Layer(nnx.Module):
 
         `aggregate` is what combines the positions: `self.aggregate` or its stand-in.
         """
-        first = aggregate(self.source(x, self.aggregate_norm, hold))
+        first = self.added(aggregate(self.source(x, self.aggregate_norm, hold)), *self.aggregate_norms, hold)
         after_aggregate = edits.apply(self._arrive(x + first, self.aggregate_norm, hold), 0)
         if self.filter is None or self.filter_norm is None:
             second, after_filter = jnp.zeros_like(first), after_aggregate
         else:
             before = x if self.placement == "parallel" else after_aggregate
             second = _each(self.filter, hold)(self.source(before, self.filter_norm, hold))
+            second = self.added(second, *self.filter_norms, hold)
             after_filter = self._arrive(after_aggregate + second, self.filter_norm, hold)
         after_filter = edits.apply(after_filter, 1)
         return jnp.stack([after_aggregate, after_filter]), jnp.stack([first, second])
 
     def source(self, x: Float[Array, "T D"], norm: Norm, hold: bool = False) -> Float[Array, "T D"]:
-        """What a step with this norm is given where the stream is x: its norm, except in a post-norm layer."""
-        return x if self.placement == "post" else _each(norm, hold)(x)
+        """What a step with this norm is given where the stream is x: its norm, unless the norm is placed after it."""
+        return x if self.placement in ("post", "res_post") else _each(norm, hold)(x)
+
+    def added(
+        self, y: Float[Array, "T D"], norm: Norm | None, out_norm: Norm | None, hold: bool = False
+    ) -> Float[Array, "T D"]:
+        """What a step with these norms adds to the stream where it has made y: y, or y normed where a norm is there."""
+        after = {"res_post": norm, "sandwich": out_norm}.get(self.placement)
+        return y if after is None else _each(after, hold)(y)
+
+    @property
+    def aggregate_norms(self) -> tuple[Norm, Norm | None]:
+        """Both norms of the aggregate step."""
+        return self.aggregate_norm, self.aggregate_out_norm
+
+    @property
+    def filter_norms(self) -> tuple[Norm | None, Norm | None]:
+        """Both norms of the filter step."""
+        return self.filter_norm, self.filter_out_norm
 
     def _arrive(self, x: Array, norm: Norm, hold: bool) -> Array:
         return _each(norm, hold)(x) if self.placement == "post" else x
@@ -166,12 +189,12 @@ class Transformer(nnx.Module):
 
     @property
     def token_vectors(self) -> Float[Array, "V D"]:
-        """E, one row a token."""
-        return self.embed.table
+        """e_v, one row a token: the embedding matrix, times its scale."""
+        return self.embed.scaled(self.embed.table)
 
     @property
     def output_vectors(self) -> Float[Array, "V D"]:
-        """U, one row a token; E where tied."""
+        """U, one row a token; the embedding matrix (not times its scale) where tied."""
         return self.embed.table if self.unembed.weight is None else self.unembed.weight
 
     def context(self, station: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
@@ -179,7 +202,7 @@ class Transformer(nnx.Module):
         return station if self.norm is None else self.norm(station, hold=hold)
 
     def logits(self, context: Float[Array, " D"]) -> Float[Array, " V"]:
-        """c . u_v + b_v for each v."""
+        """c . u_v + b_v for each v, soft-capped where the model caps its logits."""
         return self.unembed(context, self.embed.table)
 
     def with_layer(self, number: int, **fields: Any) -> "Transformer":
@@ -289,7 +312,7 @@ class Transformer(nnx.Module):
         if self.positions is None:
             return jnp.zeros_like(self.embed.table, shape=(length, self.width))
         if isinstance(self.positions, LearnedPositions) and segments is None:
-            rows = self.positions.table.shape[-2]
+            rows = self.positions.max_length
             if length > rows:
                 raise ValueError(
                     f"positions: expected at most {rows} tokens, the rows of the table, got {length}. A longer path "
@@ -387,16 +410,19 @@ def init(config: ModelConfig, key: Key) -> Transformer:
 
     def norm() -> Norm:
         if config.norm == "rms_norm":
-            return RMSNorm.init(config.width, eps=config.norm_eps)
+            return RMSNorm.init(config.width, eps=config.norm_eps, unit_offset=config.norm_unit_offset)
         return LayerNorm.init(config.width, bias=config.norm_bias, eps=config.norm_eps)
 
     positions: LearnedPositions | SinusoidalPositions | None = None
     if config.positions == "learned":
-        positions = LearnedPositions.init(config.max_length, config.width, key=stream(key, "positions"))
+        positions = LearnedPositions.init(
+            config.max_length, config.width, offset=config.position_offset, key=stream(key, "positions")
+        )
     elif config.positions == "sinusoidal":
         positions = SinusoidalPositions(config.width)
 
     layers = []
+    sandwich = config.placement == "sandwich"
     for number, (aggregate, filter) in enumerate(resolved_layers(config)):
         key_aggregate, key_filter = jax.random.split(jax.random.fold_in(stream(key, "layers"), number))
         layers.append(
@@ -412,15 +438,22 @@ def init(config: ModelConfig, key: Key) -> Transformer:
                 filter_norm=None if filter is None else norm(),
                 filter=None if filter is None else _init_filter(filter, config, key_filter),
                 placement=config.placement,
+                aggregate_out_norm=norm() if sandwich else None,
+                filter_out_norm=norm() if sandwich and filter is not None else None,
             )
         )
     return Transformer(
-        embed=Embed.init(config.vocab_size, config.width, key=stream(key, "embed")),
+        embed=Embed.init(config.vocab_size, config.width, scale=config.embed_scale, key=stream(key, "embed")),
         positions=positions,
         layers=tuple(layers),
         norm=None if config.placement == "post" else norm(),
         unembed=Unembed.init(
-            config.vocab_size, config.width, tied=config.tied, bias=config.unembed_bias, key=stream(key, "unembed")
+            config.vocab_size,
+            config.width,
+            tied=config.tied,
+            bias=config.unembed_bias,
+            softcap=config.logit_softcap,
+            key=stream(key, "unembed"),
         ),
         max_length=config.max_length,
         scan=config.depth > 12 if config.scan is None else config.scan,

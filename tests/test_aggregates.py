@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxwalk as jw
 from jaxwalk.aggregates import _linear
 from jaxwalk.aggregates._contract import causal_mask, runs_and_positions
-from jaxwalk.config import ConfigError
+from jaxwalk.aggregates._rotary import frequencies, gain
+from jaxwalk.config import ConfigError, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 from tests.conftest import float64, normal, perturbed, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
@@ -23,7 +24,48 @@ VARIANTS = {name: (name, {}) for name in jw.aggregates.names()} | {
     "attention-gqa-rope-qknorm": ("attention", {"kv_heads": 2, "positions": "rope", "qk_norm": True}),
     "attention-alibi-window": ("attention", {"heads": 3, "head_width": 4, "positions": "alibi", "window": 4}),
     "attention-mqa-window1-nobias": ("attention", {"kv_heads": 1, "window": 1, "bias": False}),
-    "attention-xla": ("attention", {"kernel": "xla", "positions": "alibi", "kv_heads": 2}),
+    "attention-xla": ("attention", {"kernel": "xla", "positions": "alibi", "kv_heads": 2, "scale": 0.9}),
+    "attention-like-neox": ("attention", {"heads": 2, "positions": "rope", "rope_width": 4, "rope_theta": 50.0}),
+    "attention-like-gpt-neo": ("attention", {"bias": False, "out_bias": True, "scale": 1.0, "window": 5}),
+    "attention-like-qwen2": ("attention", {"kv_heads": 2, "positions": "rope", "out_bias": False}),
+    "attention-like-olmo2": (
+        "attention",
+        {"kv_heads": 2, "positions": "rope", "bias": False, "qk_norm": True, "qk_norm_over": "width"},
+    ),
+    "attention-like-gemma": (
+        "attention",
+        {
+            "heads": 4,
+            "kv_heads": 2,
+            "head_width": 6,
+            "positions": "rope",
+            "rope_theta": 100.0,
+            "rope_scaling": LinearScaling(3.0),
+            "scale": 0.4,
+            "softcap": 1.5,
+            "window": 4,
+            "qk_norm": True,
+            "qk_norm_eps": 1e-3,
+            "qk_norm_unit_offset": True,
+            "bias": False,
+        },
+    ),
+    "attention-like-phi3": (
+        "attention",
+        {
+            "kv_heads": 2,
+            "head_width": 8,
+            "positions": "rope",
+            "rope_width": 6,
+            "rope_scaling": LongRopeScaling((1.0, 1.5, 4.0), 1.2),
+            "window": 7,
+            "bias": False,
+        },
+    ),
+    "attention-yarn": (
+        "attention",
+        {"heads": 2, "positions": "rope", "rope_theta": 20.0, "rope_scaling": YarnScaling(4.0, 60, beta_fast=8.0)},
+    ),
     "linear_attention-relu-bias-chunk5": ("linear_attention", {"features": "relu", "bias": True, "chunk": 5}),
     "gated_linear_attention-chunk5": ("gated_linear_attention", {"key_width": 3, "chunk": 5}),
     "gated_delta_net-heads2-bias-chunk5": ("gated_delta_net", {"heads": 2, "bias": True, "chunk": 5}),
@@ -261,29 +303,132 @@ def test_cudnn_is_attention(choices):
     np.testing.assert_allclose(y.astype(jnp.float32), reference.astype(jnp.float32), atol=3e-2)
 
 
-def test_attention_against_its_definition():
-    aggregate = build("attention-gqa-rope-qknorm")
-    x, H, N, K = np.array(X, np.float64), 4, 2, 4
-    q, k, v = np.split(x @ np.array(aggregate.qkv.weight) + np.array(aggregate.qkv.bias), [H * K, (H + N) * K], axis=1)
-    q, k, v = q.reshape(T, H, K), k.reshape(T, N, K), v.reshape(T, N, K)
+@pytest.mark.parametrize(
+    "variant", [v for v, (name, c) in VARIANTS.items() if name == "attention" and c.get("positions") != "alibi"]
+)
+def test_attention_against_its_definition(variant):
+    aggregate, (_, choices) = build(variant), VARIANTS[variant]
+    H = choices.get("heads", 4)
+    N, K = choices.get("kv_heads", H), choices.get("head_width", D // H)
+    x = np.array(X, float)
 
-    def rms(z, scale):
-        return z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-5) * np.array(scale)
+    def linear(module, x, bias):
+        assert (module.bias is not None) == bias
+        return x @ np.array(module.weight, float) + (np.array(module.bias, float) if bias else 0)
+
+    def rms(z, norm):
+        if not choices.get("qk_norm"):
+            return z
+        if choices.get("qk_norm_over") == "width":
+            return rms_of(z.reshape(T, -1), norm).reshape(z.shape)
+        return rms_of(z, norm)
+
+    def rms_of(z, norm):
+        assert norm.scale.shape == z.shape[-1:]
+        multiplier = np.array(norm.scale, float) + choices.get("qk_norm_unit_offset", 0)
+        return z / np.sqrt((z**2).mean(-1, keepdims=True) + choices.get("qk_norm_eps", 1e-5)) * multiplier
 
     def turned(z):  # as complex numbers, position by position
-        pairs = z[..., : K // 2] + 1j * z[..., K // 2 :]
-        angle = np.arange(T)[:, None] * 10000.0 ** (-np.arange(K // 2) * 2 / K)
-        pairs = pairs * np.exp(1j * angle)[:, None]
-        return np.concatenate([pairs.real, pairs.imag], -1)
+        if choices.get("positions") != "rope":
+            return z
+        width, scaling = choices.get("rope_width", K), choices.get("rope_scaling")
+        pairs = z[..., : width // 2] + 1j * z[..., width // 2 : width]
+        angle = np.arange(T)[:, None] * np.array(frequencies(width, choices.get("rope_theta", 1e4), scaling))
+        pairs = gain(scaling) * pairs * np.exp(1j * angle)[:, None]
+        return np.concatenate([pairs.real, pairs.imag, z[..., width:]], -1)
 
-    q, k = turned(rms(q, aggregate.q_norm.scale)), turned(rms(k, aggregate.k_norm.scale))
+    bias = choices.get("bias", True)
+    q, k, v = np.split(linear(aggregate.qkv, x, bias), [H * K, (H + N) * K], axis=1)
+    q, k, v = q.reshape(T, H, K), k.reshape(T, N, K), v.reshape(T, N, K)
+    q, k = turned(rms(q, aggregate.q_norm)), turned(rms(k, aggregate.k_norm))
+    scale, cap = choices.get("scale", 1 / np.sqrt(K)), choices.get("softcap")
     y = np.zeros((T, H, K))
     for t in range(T):
         for h in range(H):
-            score = np.exp(k[: t + 1, h // 2] @ q[t, h] / np.sqrt(K))
-            y[t, h] = score @ v[: t + 1, h // 2] / score.sum()
-    expected = y.reshape(T, -1) @ np.array(aggregate.out.weight) + np.array(aggregate.out.bias)
+            seen, group = slice(max(0, t + 1 - choices.get("window", T)), t + 1), h // (H // N)
+            score = k[seen, group] @ q[t, h] * scale
+            weight = np.exp(score if cap is None else cap * np.tanh(score / cap))
+            y[t, h] = weight @ v[seen, group] / weight.sum()
+    expected = linear(aggregate.out, y.reshape(T, -1), choices.get("out_bias", bias))
     np.testing.assert_allclose(jax.jit(lambda a, x: a(x))(aggregate, X), expected, atol=1e-4, rtol=1e-4)
+
+
+SCALINGS = {
+    "none": None,
+    "linear": LinearScaling(8.0),
+    "llama3": Llama3Scaling(8.0, 1.0, 4.0, 128),
+    "yarn": YarnScaling(4.0, 64, beta_fast=16.0, beta_slow=2.0),
+    "yarn-untruncated": YarnScaling(4.0, 64, truncate=False, attention_factor=1.3),
+    "longrope": LongRopeScaling(tuple(1 + 0.3 * k for k in range(8)), 1.2),
+}
+
+
+def wavelengths(name):
+    """In positions, of the 8 pairs of 16 channels with theta 1000, one by one by the definition of each scaling."""
+    ours = []
+    for k in range(8):
+        wavelength, scaling = 2 * np.pi * 1000 ** (k / 8), SCALINGS[name]
+        if name == "linear":
+            wavelength *= 8
+        if name == "longrope":
+            wavelength *= 1 + 0.3 * k
+        if name == "llama3":
+            short, long = 128 / 4, 128 / 1
+            if wavelength > long:
+                wavelength *= 8
+            elif wavelength > short:
+                smooth = (128 / wavelength - 1) / (4 - 1)
+                wavelength = 1 / ((1 - smooth) / (8 * wavelength) + smooth / wavelength)
+        if name.startswith("yarn"):
+            ends = [
+                8 * np.log(64 / (turns * 2 * np.pi)) / np.log(1000) for turns in (scaling.beta_fast, scaling.beta_slow)
+            ]
+            ends = [np.floor(ends[0]), np.ceil(ends[1])] if scaling.truncate else ends
+            ends = [max(ends[0], 0), min(ends[1], 15)]
+            ramp = np.clip((k - ends[0]) / (ends[1] - ends[0]), 0, 1)
+            wavelength = 1 / (ramp / (4 * wavelength) + (1 - ramp) / wavelength)
+        ours.append(wavelength)
+    return np.array(ours)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_rotary_scalings_against_their_definitions(name):
+    turns = np.array(frequencies(16, 1000.0, SCALINGS[name]))
+    np.testing.assert_allclose(2 * np.pi / turns, wavelengths(name), rtol=1e-12)
+    if name in ("llama3", "yarn", "yarn-untruncated"):  # each has a part that is kept, one that is not, one between
+        ratio = turns * 1000 ** (np.arange(8) / 8)
+        least = 1 / SCALINGS[name].factor
+        np.testing.assert_allclose(ratio[[0, -1]], [1, least], rtol=1e-12)
+        assert ((least + 1e-3 < ratio) & (ratio < 1 - 1e-3)).any()
+    expected = {"yarn": 0.1 * np.log(4) + 1, "yarn-untruncated": 1.3, "longrope": 1.2}
+    assert gain(SCALINGS[name]) == pytest.approx(expected.get(name, 1.0))
+
+
+@pytest.mark.parametrize("name", [n for n in SCALINGS if n != "none"])
+def test_rotary_scalings_against_transformers(name):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = name.partition("-")[0]
+    scaling = SCALINGS[name]
+    fields = {f: getattr(scaling, f) for f in ("factor", "truncate", "attention_factor") if hasattr(scaling, f)}
+    fields |= {f: getattr(scaling, f) for f in ("beta_fast", "beta_slow", "low_freq_factor") if hasattr(scaling, f)}
+    if kind != "linear":
+        fields["original_max_position_embeddings"] = getattr(scaling, "original_length", 64)
+    if kind == "llama3":
+        fields["high_freq_factor"] = scaling.high_freq_factor
+    if kind == "longrope":
+        fields |= {"short_factor": list(scaling.factors), "long_factor": list(scaling.factors), "factor": 4.0}
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": kind, "rope_theta": 1000.0, "partial_rotary_factor": 0.5, **fields},
+    )
+    theirs, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    np.testing.assert_allclose(frequencies(16, 1000.0, scaling), theirs.numpy(), rtol=1e-6)
+    assert gain(scaling) == pytest.approx(factor)
 
 
 # Linear recurrences.
@@ -470,6 +615,20 @@ def test_unknown_names_and_impossible_choices_say_so():
         ({"positions": "rope", "head_width": 3}, "head_width: expected an even number with RoPE, got 3"),
         ({"positions": "Rope"}, "positions: expected Literal.*, got 'Rope'"),
         ({"heads": 2.0}, "heads: expected int, got 2.0"),
+        (
+            {"positions": "rope", "head_width": 8, "rope_width": 5},
+            "rope_width: expected an even number from 2 to .* 8,",
+        ),
+        ({"positions": "rope", "head_width": 8, "rope_width": 10}, "rope_width: expected .* head width 8, got 10"),
+        ({"rope_width": 4}, "rope_width: expected positions = 'rope', got 'none'"),
+        ({"rope_scaling": LinearScaling(2.0)}, "rope_scaling: expected positions = 'rope'"),
+        (
+            {"positions": "rope", "head_width": 8, "rope_scaling": LongRopeScaling((1.0,))},
+            "rope_scaling.factors: expected 4, half the width rotated, got 1",
+        ),
+        ({"softcap": 0.0}, "softcap: expected more than 0, got 0.0"),
+        ({"softcap": 1.0, "kernel": "xla"}, "kernel: expected 'plain' with a soft cap"),
+        ({"qk_norm_eps": -1.0}, "qk_norm_eps: expected at least 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             unchecked.Config(**choices)
@@ -488,7 +647,7 @@ def test_unknown_names_and_impossible_choices_say_so():
         )
     with pytest.raises(ConfigError, match="decay_rank: expected at least 1, got 0"):
         jw.aggregates.config("gated_linear_attention", decay_rank=0)
-    with pytest.raises(ConfigError, match="even head width"):
+    with pytest.raises(ConfigError, match="head width of width / heads = 1: head_width: expected an even number"):
         jw.aggregates.config("attention", heads=16, positions="rope").init(
             width=16, max_length=4, layer=0, depth=1, key=jax.random.key(0)
         )

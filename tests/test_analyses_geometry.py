@@ -225,8 +225,17 @@ def test_rotating_the_space_changes_no_law(aggregate, norm):
         {"norm_bias": False, "positions": "sinusoidal", "filter": None},
         {"positions": "none", "norm": "rms_norm", "filter": jw.MLPConfig(gated=True, activation="silu")},
         {"norm": "layer_norm", "filter": jw.MLPConfig(bias=False)},
+        {
+            "norm": "rms_norm",
+            "norm_unit_offset": True,
+            "embed_scale": 4.0,
+            "logit_softcap": 2.0,
+            "position_offset": 2,
+            "tied": True,
+            "aggregate": jw.aggregates.config("attention", qk_norm=True, qk_norm_over="width", softcap=2.0),
+        },
     ],
-    ids=["tied", "sinusoidal", "gated", "no_bias"],
+    ids=["tied", "sinusoidal", "gated", "no_bias", "gemma"],
 )
 def test_rotating_the_space_of_other_models(choices):
     assert change(model_of(depth=1, **choices)) < 1e-4
@@ -240,10 +249,22 @@ def test_rotation_is_exact_to_rounding_in_float64(norm, x64):
     assert change(to64(model_of(norm=norm, tied=True, positions="none", aggregate=rope))) < 1e-10
 
 
-def test_post_norm_rotates_only_with_one_scale_for_all_coordinates():
-    model = model_of(placement="post", depth=1)
-    with pytest.raises(NotApplicable, match="post-norm"):
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("placement", ["post", "res_post", "sandwich"])
+def test_norms_of_what_is_written_rotate_only_with_one_scale_for_all_coordinates(placement, norm):
+    model = model_of(placement=placement, norm=norm, depth=1)
+    with pytest.raises(NotApplicable, match=f"{placement}-norm"):
         proximity.rotate(model, jax.random.key(0))
+
+    def even(norm):
+        return norm and dataclasses.replace(norm, scale=jnp.full_like(norm.scale, 1.5))
+
+    names = ("aggregate_out_norm", "filter_out_norm") if placement == "sandwich" else ("aggregate_norm", "filter_norm")
+    evened = {name: even(getattr(model.layers[0], name)) for name in names}
+    assert change(model.with_layer(0, **evened)) < 1e-4
+
+
+def test_what_cannot_be_rotated_is_said():
     finding = proximity.analyse(
         dataclasses.replace(
             subject_of(untrained=False), model=model_of(placement="post", depth=1, vocab_size=3, max_length=8)
@@ -253,15 +274,6 @@ def test_post_norm_rotates_only_with_one_scale_for_all_coordinates():
     holds(finding)
     assert "rotation_change" not in finding.measured
     assert "post-norm" in finding.conventions["rotation"]
-
-    def even(norm):
-        return dataclasses.replace(norm, scale=jnp.full_like(norm.scale, 1.5))
-
-    layers = tuple(
-        dataclasses.replace(layer, aggregate_norm=even(layer.aggregate_norm), filter_norm=even(layer.filter_norm))
-        for layer in model.layers
-    )
-    assert change(dataclasses.replace(model, layers=layers)) < 1e-4
 
 
 def test_parameters_of_an_unknown_side_are_refused():

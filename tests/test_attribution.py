@@ -17,6 +17,7 @@ SEGMENTS = np.array([1, 1, 1, 2, 2, 2, 2])
 MODELS = {
     "pre": {"unembed_bias": True},
     "post": {"placement": "post", "norm": "rms_norm", "filter": jw.MLPConfig(gated=True, activation="silu")},
+    "sandwich": {"placement": "sandwich", "logit_softcap": 2.0, "embed_scale": 3.0, "unembed_bias": True},
 }
 AGAINST_BASELINE = (jw.gradient_attribution, jw.integrated_gradients, jw.occlusion)
 
@@ -35,8 +36,8 @@ def score(model, vectors, token, at, segments=None):
 @pytest.mark.parametrize("name", MODELS)
 def test_integrated_gradients_are_complete_and_the_held_parts_exact(name, x64):
     model = model64(name)
-    vectors = model.embed.table[TOKENS]
-    mean = jnp.broadcast_to(model.embed.table.mean(0), vectors.shape)
+    vectors = model.token_vectors[TOKENS]
+    mean = jnp.broadcast_to(model.token_vectors.mean(0), vectors.shape)
     for token, at in ((0, -1), (3, 4)):
         full, none = (score(model, v, token, at % len(TOKENS)) for v in (vectors, mean))
         integrated = jw.integrated_gradients(model, TOKENS, token, at)
@@ -58,7 +59,7 @@ def test_integrated_gradients_in_float32():
 @pytest.mark.parametrize("name", MODELS)
 def test_occlusion_and_gradient_are_what_they_are_called(name, x64):
     model = model64(name)
-    vectors = model.embed.table[TOKENS]
+    vectors = model.token_vectors[TOKENS]
     baseline = model.embed.table[4] * 0.5
     full = score(model, vectors, 2, 5)
     occluded = jw.occlusion(model, TOKENS, 2, 5, baseline=baseline)

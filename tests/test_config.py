@@ -9,6 +9,9 @@ import jaxwalk as jw
 from jaxwalk.config import (
     CheckpointConfig,
     ConfigError,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
     MeshConfig,
     MLPConfig,
     ModelConfig,
@@ -16,6 +19,7 @@ from jaxwalk.config import (
     TextData,
     TrainConfig,
     WorldData,
+    YarnScaling,
     from_dict,
     to_dict,
 )
@@ -53,6 +57,33 @@ def test_every_aggregate_round_trips(name):
     assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
+SCALINGS = [
+    LinearScaling(2.0),
+    Llama3Scaling(8.0, 1.0, 4.0, 64),
+    YarnScaling(4.0, 64, attention_factor=1.1, truncate=False),
+    LongRopeScaling((1.0, 2.0), 1.2),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: type(s).__name__)
+def test_every_rotary_scaling_round_trips(scaling):
+    rope = jw.aggregates.config("attention", positions="rope", rope_scaling=scaling)
+    config = dataclasses.replace(MODEL, aggregate=(rope, "attention"))
+    data = json.loads(json.dumps(to_dict(config)))
+    assert data["aggregate"][0]["rope_scaling"]["kind"] == type(scaling).__name__
+    assert from_dict(ModelConfig, data) == config
+
+
+def test_a_config_from_before_a_choice_is_todays_default():
+    data = to_dict(MODEL)
+    new = ("norm_unit_offset", "position_offset", "embed_scale", "logit_softcap")
+    old = {name: value for name, value in data.items() if name not in new}
+    new = ("rope_width", "rope_scaling", "scale", "softcap", "qk_norm_over", "qk_norm_eps", "out_bias")
+    old["aggregate"] = ["causal_mean", {k: v for k, v in data["aggregate"][1].items() if k not in new}]
+    assert len(old["aggregate"][1]) == len(data["aggregate"][1]) - len(new)
+    assert from_dict(ModelConfig, old) == MODEL
+
+
 def test_a_resolved_config_names_every_layer():
     resolved = jw.transformer.resolve(MODEL)
     assert len(resolved.aggregate) == len(resolved.filter) == MODEL.depth
@@ -67,6 +98,27 @@ def test_configs_are_frozen():
 
 
 IMPOSSIBLE = [
+    (LinearScaling, {"factor": 0.5}, "factor: expected at least 1, got 0.5"),
+    (
+        Llama3Scaling,
+        {"factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0, "original_length": 8},
+        "more than",
+    ),
+    (YarnScaling, {"factor": 2.0, "original_length": 0}, "original_length: expected at least 1, got 0"),
+    (YarnScaling, {"factor": 2.0, "original_length": 8, "beta_fast": 0.5}, "beta_fast: expected more than beta_slow"),
+    (LongRopeScaling, {"factors": (1.0, 0.0)}, "factors: expected positive numbers"),
+    (
+        ModelConfig,
+        {"vocab_size": 3, "max_length": 8, "norm_unit_offset": True},
+        "expected norm = 'rms_norm', got 'layer",
+    ),
+    (ModelConfig, {"vocab_size": 3, "max_length": 8, "embed_scale": 0.0}, "embed_scale: expected more than 0, got 0"),
+    (ModelConfig, {"vocab_size": 3, "max_length": 8, "logit_softcap": -1.0}, "logit_softcap: expected more than 0"),
+    (
+        ModelConfig,
+        {"vocab_size": 3, "max_length": 8, "position_offset": 2, "positions": "none"},
+        "position_offset: expected positions = 'learned', got 'none'",
+    ),
     (ModelConfig, {"vocab_size": 0, "max_length": 8}, "vocab_size: expected at least 1, got 0"),
     (ModelConfig, {"vocab_size": "3", "max_length": 8}, "vocab_size: expected int, got '3'"),
     (ModelConfig, {"vocab_size": True, "max_length": 8}, "vocab_size: expected int, got True"),

@@ -41,9 +41,31 @@ MODELS = {
         "depth": 3,
         "placement": "post",
     },
+    "sandwich": {
+        "placement": "sandwich",
+        "norm": "rms_norm",
+        "norm_unit_offset": True,
+        "positions": "none",
+        "embed_scale": 4.0,
+        "tied": True,
+        "logit_softcap": 2.0,
+        "aggregate": ATTENTION(
+            kv_heads=2, positions="rope", scale=0.4, softcap=1.5, qk_norm=True, qk_norm_unit_offset=True, bias=False
+        ),
+        "filter": jw.MLPConfig(gated=True, activation="gelu_tanh", bias=False),
+        "scan": True,
+    },
+    "sandwich-layer-norm": {"placement": "sandwich", "filter": (jw.MLPConfig(), None), "embed_scale": 0.5},
+    "res_post": {
+        "placement": "res_post",
+        "position_offset": 2,
+        "unembed_bias": True,
+        "logit_softcap": 3.0,
+        "aggregate": ATTENTION(positions="rope", rope_width=2, qk_norm=True, qk_norm_over="width", out_bias=False),
+    },
     "no-layers": {"depth": 0},
 }
-QUICK = ("pre-gated", "pre-rms-nobias", "post", "parallel", "recurrences")
+QUICK = ("pre-gated", "pre-rms-nobias", "post", "parallel", "recurrences", "sandwich", "res_post")
 each = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 CUTS = {
     "token": d.decompose,
@@ -91,7 +113,7 @@ def test_the_parts_of_every_cut_sum_to_what_the_model_computes(name, cut, x64):
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("name", ["pre-gated", "post-rms"])
+@pytest.mark.parametrize("name", ["pre-gated", "post-rms", "sandwich", "res_post"])
 def test_float32_is_exact_to_rounding(name, cut):
     if not applies(cut, name):
         pytest.skip("nothing to cut")
@@ -125,7 +147,8 @@ def test_the_parts_are_slopes_of_the_walk_with_its_coefficients_frozen(name, x64
     """By values alone: the model written out in numpy, every coefficient a number of its own walk, and differences."""
     model = model64(name)
     walk = jax.tree.map(np.asarray, model.walk(TOKENS, record_mixing=tuple(range(model.depth))))
-    vectors, frozen = np.asarray(model.embed.table)[TOKENS], functools.partial(frozen_context, model, walk)
+    vectors = model.embed.scale * np.asarray(model.embed.table)[TOKENS]
+    frozen = functools.partial(frozen_context, model, walk)
     parts = d.decompose(model, TOKENS)
     np.testing.assert_allclose(frozen(vectors), parts.whole, 1e-10, 1e-11)
     for j in range(T):
@@ -143,7 +166,8 @@ def frozen_context(model, walk, vectors):
         """`x` normalised as `was` is."""
         if hasattr(module, "bias"):
             was, x = (a - a.mean(-1, keepdims=True) for a in (was, x))
-        y = x / np.sqrt((was**2).mean(-1, keepdims=True) + module.eps) * np.asarray(module.scale)
+        multiplier = np.asarray(module.scale) + getattr(module, "unit_offset", 0)
+        y = x / np.sqrt((was**2).mean(-1, keepdims=True) + module.eps) * multiplier
         return y if getattr(module, "bias", None) is None else y + np.asarray(module.bias)
 
     def linear(module, x):
@@ -169,20 +193,28 @@ def frozen_context(model, walk, vectors):
             y = gate / (1 + np.exp(-gate)) * y
         return linear(aggregate.out, y)
 
+    def added(placement, norms, was, y):
+        """The move that `y` makes where `was` was made, by its step's two norms."""
+        after = norms[0] if placement == "res_post" else norms[1]
+        return y if after is None else norm(after, was, y)
+
     x = vectors + np.asarray(model.position_vectors(T))
     for number, layer in enumerate(model.layers):
         post, parallel = layer.placement == "post", layer.placement == "parallel"
+        before = layer.placement in ("pre", "parallel", "sandwich")
         s = 2 * number
-        h = x if post else norm(layer.aggregate_norm, walk.stations[s], x)
-        h_was = walk.stations[s] if post else norm(layer.aggregate_norm, walk.stations[s], walk.stations[s])
+        h = norm(layer.aggregate_norm, walk.stations[s], x) if before else x
+        h_was = norm(layer.aggregate_norm, walk.stations[s], walk.stations[s]) if before else walk.stations[s]
         y, y_was = (walk.mixing[number] @ np.asarray(layer.aggregate.values(jnp.asarray(a))) for a in (h, h_was))
-        after = x + readout(layer.aggregate, h_was, y_was, y)
+        y, y_was = (readout(layer.aggregate, h_was, y_was, a) for a in (y, y_was))
+        after = x + added(layer.placement, (layer.aggregate_norm, layer.aggregate_out_norm), y_was, y)
         after = norm(layer.aggregate_norm, sums[s], after) if post else after
         if layer.filter is not None:
             was, source = (walk.stations[s], x) if parallel else (walk.stations[s + 1], after)
-            if not post:
+            if before:
                 was, source = norm(layer.filter_norm, was, was), norm(layer.filter_norm, was, source)
-            after = after + mlp(layer.filter, was, source)
+            y, y_was = mlp(layer.filter, was, source), mlp(layer.filter, was, was)
+            after = after + added(layer.placement, (layer.filter_norm, layer.filter_out_norm), y_was, y)
             after = norm(layer.filter_norm, sums[s + 1], after) if post else after
         x = after
     return (x if model.norm is None else norm(model.norm, walk.stations[-1], x))[-1]
@@ -199,7 +231,7 @@ def test_tokens_of_another_document_and_of_the_future_have_no_part(x64):
     np.testing.assert_allclose(parts.by_token[3:], alone.by_token, 1e-11, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["pre-gated", "post"])
+@pytest.mark.parametrize("name", ["pre-gated", "post", "sandwich", "res_post"])
 def test_attributions_with_the_entropy_part_sum_to_the_log_probability(name, x64):
     model = model64(name)
     parts, steps = d.decompose(model, TOKENS), d.decompose_steps(model, TOKENS)
@@ -210,8 +242,23 @@ def test_attributions_with_the_entropy_part_sum_to_the_log_probability(name, x64
         rest = (parts.by_position.sum(0) + parts.bias) @ direction
         np.testing.assert_allclose(by_token.sum() + rest + constant, log_p[token], 1e-11, 1e-11)
         np.testing.assert_allclose(total(steps) @ direction + constant, log_p[token], 1e-11, 1e-11)
-        direction, constant = d.logit_readout(model, token)
+        direction, constant = d.logit_readout(model, token, parts.whole)
         np.testing.assert_allclose(total(parts) @ direction + constant, model.logits(parts.whole)[token], 1e-11, 1e-11)
+
+
+def test_where_logits_are_capped_a_readout_is_held_at_a_context(x64):
+    model = model64("res_post")
+    with pytest.raises(
+        ValueError, match="context: expected a context vector, as this model soft-caps its logits at 3,"
+    ):
+        d.logit_readout(model, 1)
+    context = model.walk(TOKENS).context[-1]
+    free = context @ model.unembed.weight.T + model.unembed.bias
+    direction, constant = d.logit_readout(model, 1, context)
+    np.testing.assert_allclose(direction, 3 * np.tanh(free[1] / 3) / free[1] * model.unembed.weight[1], rtol=1e-13)
+    np.testing.assert_allclose(constant, 3 * np.tanh(free[1] / 3) / free[1] * model.unembed.bias[1], rtol=1e-13)
+    zeros = dataclasses.replace(model, unembed=dataclasses.replace(model.unembed, bias=0 * model.unembed.bias))
+    np.testing.assert_allclose(d.logit_readout(zeros, 1, 0 * context).direction, model.unembed.weight[1], rtol=1e-13)
 
 
 def test_batched_and_jitted_as_alone():

@@ -29,6 +29,7 @@ FILTERS = {
     "layer_norm": f.LayerNorm.init(D),
     "layer_norm-nobias": f.LayerNorm.init(D, bias=False),
     "rms_norm": f.RMSNorm.init(D),
+    "rms_norm-unit_offset": f.RMSNorm.init(D, unit_offset=True),
     **{f"{'gated' if g else 'mlp'}-{a}": mlp(a, g) for a in f.GATES for g in (False, True)},
 }
 FILTERS = {name: perturbed(module) for name, module in FILTERS.items()}
@@ -56,7 +57,7 @@ def reference(name, module, x):
         y = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * np.array(module.scale)
         return y if module.bias is None else y + np.array(module.bias)
     if kind == "rms_norm":
-        return x / np.sqrt((x**2).mean() + 1e-5) * np.array(module.scale)
+        return x / np.sqrt((x**2).mean() + 1e-5) * (np.array(module.scale) + (choice == "unit_offset"))
     hidden = linear(module.up, x)
     hidden = PHI[choice](linear(module.gate, x)) * hidden if kind == "gated" else PHI[choice](hidden)
     return linear(module.down, hidden)
@@ -124,6 +125,36 @@ def test_rows_out_of_range_are_nan_and_never_another_row():
         rows = np.array(jax.jit(jax.vmap(table))(jnp.array([0, 4, 5, -1, 2**31 - 1])))
         np.testing.assert_array_equal(rows[:2], table.table[np.array([0, 4])])
         assert np.isnan(rows[2:]).all()
+
+
+def test_a_scaled_embedding_and_positions_from_an_offset():
+    embed = f.Embed(normal(0, 5, D), 3.3)
+    np.testing.assert_allclose(embed(jnp.array(2)), 3.3 * embed.table[2], rtol=1e-6)
+    narrow = f.Embed(embed.table.astype(jnp.bfloat16), 3.3)(jnp.array(2))
+    rounded = narrow.astype(jnp.float32) / embed.table[2].astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_allclose(rounded, float(jnp.bfloat16(3.3)), rtol=2**-8)
+    assert narrow.dtype == jnp.bfloat16
+    positions = f.LearnedPositions.init(5, D, offset=2, key=KEYS[0])
+    assert positions.max_length == 5
+    assert positions.table.shape == (7, D)
+    rows = np.array(jax.jit(jax.vmap(positions))(jnp.array([0, 4, 5, -1, -2, 2**31 - 1])))
+    np.testing.assert_array_equal(rows[:2], positions.table[np.array([2, 6])])
+    assert np.isnan(rows[2:]).all()
+
+
+def test_the_gate_of_a_soft_cap_is_the_quotient_and_its_limit(x64):
+    a = jnp.concatenate([jnp.linspace(-40, 40, 101), 10.0 ** -jnp.arange(0.0, 12), jnp.zeros(1)])
+    gate = jax.jit(f.softcap_gate, static_argnums=1)(a, 3.0)
+    np.testing.assert_allclose(gate * a, f.softcapped(a, 3.0), rtol=1e-14, atol=1e-300)
+    np.testing.assert_allclose(f.softcapped(a, 3.0), 3 * np.tanh(np.array(a) / 3), rtol=1e-14)
+    assert gate[-1] == 1
+    slopes = jax.vmap(jax.grad(lambda a: f.softcap_gate(a, 3.0)))(a)
+    assert np.isfinite(slopes).all()
+    capped = f.Unembed.init(5, D, tied=False, bias=True, softcap=0.5, key=KEYS[1])
+    table, context = normal(0, 5, D), 30 * normal(1, D)
+    free = f.Unembed(capped.weight, capped.bias)
+    with jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_allclose(capped(context, table), 0.5 * np.tanh(free(context, table) / 0.5), rtol=1e-6)
 
 
 def test_tied_unembedding_uses_the_token_vectors():

@@ -13,7 +13,11 @@ from jaxwalk.lenses import LOGIT_LENS, Lens
 from tests.conftest import model_of, normal, to64
 
 TOKENS = np.array([1, 4, 0, 2, 2, 3])
-KINDS = {"pre": {"unembed_bias": True}, "post": {"placement": "post", "norm": "rms_norm", "tied": True}}
+KINDS = {
+    "pre": {"unembed_bias": True},
+    "post": {"placement": "post", "norm": "rms_norm", "tied": True},
+    "sandwich": {"placement": "sandwich", "logit_softcap": 2.0, "embed_scale": 3.0, "tied": True},
+}
 
 
 def lens_of(S, D, seed=5):

@@ -27,6 +27,13 @@ MODELS = {
         "tied": True,
     },
     "parallel-fixed": {"placement": "parallel", "aggregate": ("fixed_mixing", "causal_mean")},
+    "sandwich-capped": {
+        "placement": "sandwich",
+        "embed_scale": 3.0,
+        "logit_softcap": 2.0,
+        "aggregate": jw.aggregates.config("attention", softcap=1.0, qk_norm=True, qk_norm_over="width"),
+        "tied": True,
+    },
 }
 each = pytest.mark.parametrize("name", MODELS)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -59,6 +66,7 @@ def central_differences(model, step, directions, given, packed):
         ("pre", 1, False),
         ("post-rope", 3, False),
         ("parallel-fixed", 1, True),
+        ("sandwich-capped", 1, False),
         slow("pre", 3, True),
         slow("post-rope", 2, True),
         slow("parallel-fixed", 3, False),

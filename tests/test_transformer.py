@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
+from jaxwalk.config import LinearScaling
 from jaxwalk.transformer import layer_period, plain
 from tests.conftest import float64, model_of, normal, to64
 
@@ -38,6 +39,43 @@ CHOICES = {
         "norm": "rms_norm",
         "aggregate": (attention("attention", positions="alibi", window=3), "fixed_mixing"),
         "filter": (jw.MLPConfig(activation="relu"), None),
+    },
+    # As Gemma 3 chooses, and as OLMo 2 does.
+    "sandwich-capped-scaled-tied": {
+        "depth": 4,
+        "placement": "sandwich",
+        "norm": "rms_norm",
+        "norm_unit_offset": True,
+        "positions": "none",
+        "embed_scale": 3.0,
+        "tied": True,
+        "logit_softcap": 2.0,
+        "aggregate": tuple(
+            attention(
+                "attention",
+                kv_heads=2,
+                head_width=6,
+                positions="rope",
+                rope_theta=theta,
+                rope_scaling=scaling,
+                scale=0.4,
+                softcap=1.5,
+                window=window,
+                qk_norm=True,
+                qk_norm_unit_offset=True,
+                bias=False,
+            )
+            for theta, scaling, window in ((100.0, None, 3), (1000.0, LinearScaling(4.0), None))
+        ),
+        "filter": jw.MLPConfig(gated=True, activation="gelu_tanh", hidden=12, bias=False),
+    },
+    "res_post-offset": {
+        "placement": "res_post",
+        "position_offset": 2,
+        "unembed_bias": True,
+        "logit_softcap": 3.0,
+        "aggregate": attention("attention", positions="rope", rope_width=2, qk_norm=True, qk_norm_over="width"),
+        "filter": jw.MLPConfig(gated=True, activation="silu"),
     },
     "parallel-means-tied": {"placement": "parallel", "aggregate": ("causal_mean", "identity"), "tied": True},
 }
@@ -96,7 +134,10 @@ def many_ways(model, tokens):
     return logits, stations, walk.mixing, held.context
 
 
-@on("post-rms-sinusoidal-tied-gated", "parallel-rope-nobias", "pre-alternating")
+NEW = ("sandwich-capped-scaled-tied", "res_post-offset")
+
+
+@on("post-rms-sinusoidal-tied-gated", "parallel-rope-nobias", "pre-alternating", *NEW)
 def test_all_ways_to_walk_agree(name):
     logits, stations, mixing, context = many_ways(model(name), TOKENS)
     depth = model(name).depth
@@ -108,7 +149,7 @@ def test_all_ways_to_walk_agree(name):
     np.testing.assert_allclose(jax.vmap(model(name).logits)(context), logits["parallel"], atol=1e-5, rtol=1e-5)
 
 
-@on("pre-alternating")
+@on("pre-alternating", "sandwich-capped-scaled-tied")
 def test_all_ways_to_walk_agree_in_float64(name):
     with float64():
         logits, stations, _, _ = many_ways(to64(model(name)), TOKENS)
@@ -127,7 +168,7 @@ def test_jit_is_eager():
     assert walk.mixing == jitted.mixing == {}
 
 
-@on("pre-alternating")
+@on("pre-alternating", "sandwich-capped-scaled-tied")
 def test_scan_and_remat_have_the_same_gradients(name):
     @jax.jit
     def gradients(model, tokens):
@@ -143,7 +184,7 @@ def test_scan_and_remat_have_the_same_gradients(name):
             np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
 
 
-@on("post-rms-sinusoidal-tied-gated")
+@on("post-rms-sinusoidal-tied-gated", *NEW)
 def test_layers_and_models_have_every_derivative(name):
     m = plain(model(name))
 
@@ -195,7 +236,7 @@ def additive(model):
     return jax.tree_util.tree_map_with_path(keep, model)
 
 
-@on("post-rms-sinusoidal-tied-gated", "pre-alternating", "parallel-rope-nobias")
+@on("post-rms-sinusoidal-tied-gated", "pre-alternating", "parallel-rope-nobias", *NEW)
 def test_held_walks_are_affine_and_their_constant_is_the_additive_parameters(name):
     with float64():
         m = to64(model(name))
@@ -222,7 +263,7 @@ def test_held_walks_are_affine_and_their_constant_is_the_additive_parameters(nam
     np.testing.assert_allclose(context, unheld, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(linear + constant, context, rtol=1e-12, atol=1e-12)
     assert not np.array(curvature).any()
-    if name != "parallel-rope-nobias":
+    if name not in ("parallel-rope-nobias", "sandwich-capped-scaled-tied"):
         assert np.abs(constant).max() > 1e-2
 
 
@@ -254,9 +295,9 @@ def test_a_nudge_is_added_at_its_station():
     assert not moved[:, :3].any()
 
 
-@on("post-rms-sinusoidal-tied-gated", "pre-alternating")
-def test_packed_and_padded_paths_are_walked_as_if_alone(name):
-    m = model(name)
+@on("post-rms-sinusoidal-tied-gated", "pre-alternating", "res_post-offset")
+def test_packed_and_padded_paths_are_walked_as_if_alone(name, x64):
+    m = to64(model(name))
     walk = jax.jit(lambda m, t, s: m.walk(t, segments=s).stations)
     alone = jax.jit(lambda m, t: m.walk(t).stations)
     docs = [alone(m, TOKENS[:4]), alone(m, TOKENS[4:])]
@@ -264,7 +305,7 @@ def test_packed_and_padded_paths_are_walked_as_if_alone(name):
         stations = walk(m, TOKENS, jnp.repeat(jnp.array(ids), 4))
         for i, doc in enumerate(docs):
             if ids[i]:
-                np.testing.assert_allclose(stations[:, 4 * i : 4 * i + 4], doc, atol=2e-6, rtol=1e-5)
+                np.testing.assert_allclose(stations[:, 4 * i : 4 * i + 4], doc, atol=1e-12, rtol=1e-12)
 
 
 def test_overriding_and_recording_the_mixing():
@@ -281,31 +322,42 @@ def test_overriding_and_recording_the_mixing():
     assert np.abs(alone.context - walk.context).max() > 1e-2
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "parallel"])
+@pytest.mark.parametrize("placement", ["pre", "post", "parallel", "sandwich", "res_post"])
 def test_stations_are_as_described(placement):
-    post, parallel = placement == "post", placement == "parallel"
+    before = placement not in ("post", "res_post")
 
     @jax.jit
     def by_hand(m):
-        x = jax.vmap(m.embed)(TOKENS) + jax.vmap(m.positions)(jnp.arange(T))
-        stations = [x]
+        x = 3 * m.embed.table[TOKENS] + m.positions.table[2 : T + 2]
+        stations, moves = [x], []
         for layer in m.layers:
-            first, second = jax.vmap(layer.aggregate_norm), jax.vmap(layer.filter_norm)
-            mixed = layer.aggregate(x if post else first(x))
-            after = first(x + mixed) if post else x + mixed
-            filtered = jax.vmap(layer.filter)(after if post else second(x if parallel else after))
-            x = second(after + filtered) if post else after + filtered
-            stations += [after, x]
-        return jnp.stack(stations), x if post else jax.vmap(m.norm)(x)
 
-    m = model_of(placement=placement)
-    stations, context = by_hand(m)
-    walk = jax.jit(lambda m: m.walk(TOKENS))(m)
-    np.testing.assert_allclose(walk.stations, stations, atol=1e-5)
-    np.testing.assert_allclose(walk.context, context, atol=1e-5)
+            def step(norm, out_norm, f, x, to):
+                norm = jax.vmap(norm)
+                y = f(norm(x) if before else x)
+                y = norm(y) if placement == "res_post" else jax.vmap(out_norm)(y) if placement == "sandwich" else y
+                moves.append(y)
+                return norm(to + y) if placement == "post" else to + y
+
+            mixed = step(layer.aggregate_norm, layer.aggregate_out_norm, layer.aggregate, x, x)
+            filter = jax.vmap(layer.filter)
+            source = x if placement == "parallel" else mixed
+            x = step(layer.filter_norm, layer.filter_out_norm, filter, source, mixed)
+            stations += [mixed, x]
+        context = x if placement == "post" else jax.vmap(m.norm)(x)
+        free = context @ m.unembed.weight.T + m.unembed.bias[None]
+        return jnp.stack(stations), jnp.stack(moves), context, 2 * jnp.tanh(free / 2)
+
+    m = model_of(placement=placement, embed_scale=3.0, position_offset=2, logit_softcap=2.0, unembed_bias=True)
+    assert (m.layers[0].aggregate_out_norm is None) == (placement != "sandwich")
+    expected = by_hand(m)
+    walk, logits = jax.jit(lambda m: (w := m.walk(TOKENS), jax.vmap(m.logits)(w.context)))(m)
+    for ours, theirs in zip((walk.stations, walk.moves, walk.context, logits), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert np.abs(logits).max() < 2
 
 
-@on("parallel-rope-nobias")
+@on("parallel-rope-nobias", "sandwich-capped-scaled-tied")
 def test_bfloat16_is_near(name):
     m = jw.astype(model(name), jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(m)} == {jnp.dtype(jnp.bfloat16)}
@@ -316,7 +368,7 @@ def test_bfloat16_is_near(name):
     assert jw.astype(m, jnp.float32).token_vectors.dtype == jnp.float32
 
 
-@on("pre", "post-rms-sinusoidal-tied-gated")
+@on("pre", "post-rms-sinusoidal-tied-gated", *NEW)
 def test_a_model_is_a_pytree_of_floats_made_by_a_pure_function(name):
     config = jw.ModelConfig(**{"vocab_size": 5, "max_length": 12, "width": 16, "depth": 2, **CHOICES[name]})
     make = lambda key: jw.init(config, key)
@@ -357,6 +409,9 @@ def test_tied_weights_are_one_leaf():
     assert untied.output_vectors is not untied.token_vectors
     gradient = jax.jit(jax.grad(lambda m: jw.path_log_prob(m, TOKENS)))(tied)
     assert np.abs(gradient.embed.table).sum(-1).all()
+    scaled = model("sandwich-capped-scaled-tied")
+    np.testing.assert_allclose(scaled.token_vectors, 3 * scaled.output_vectors, rtol=1e-6)
+    np.testing.assert_array_equal(scaled.walk(TOKENS).stations[0], scaled.token_vectors[TOKENS])
 
 
 def test_surgery_is_replace_along_a_path():
@@ -507,7 +562,7 @@ def test_patching_everything_is_the_other_walk_and_patching_nothing_is_this_one(
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("placement", ["pre", "post", "parallel"])
+@pytest.mark.parametrize("placement", ["pre", "post", "parallel", "sandwich"])
 def test_a_patch_at_one_place_is_the_nudge_that_leads_there(placement, scan):
     model = model_of(depth=3, placement=placement, scan=scan)
     tokens = jnp.array([0, 3, 1, 4, 2])

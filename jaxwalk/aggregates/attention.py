@@ -12,8 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxwalk.aggregates._contract import Aggregate, causal_mask, put, runs_and_positions
-from jaxwalk.config import AggregateConfig, ConfigError
-from jaxwalk.filters import Linear, RMSNorm, module, wide
+from jaxwalk.aggregates._rotary import rotate
+from jaxwalk.config import AggregateConfig, ConfigError, LongRopeScaling, RopeScaling
+from jaxwalk.filters import Linear, RMSNorm, module, softcapped, wide
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,25 @@ class Config(AggregateConfig):
     """By default width / heads."""
     positions: Literal["none", "rope", "alibi"] = "none"
     rope_theta: float = 10000.0
+    rope_width: int | None = None
+    """How many channels of a head RoPE rotates, the first ones; by default all."""
+    rope_scaling: RopeScaling | None = None
+    scale: float | None = None
+    """What q . k is multiplied by; by default 1 / sqrt(head_width)."""
+    softcap: float | None = None
+    """Scores become cap * tanh(scores / cap), as in Gemma 2 (Bello et al., arXiv 1611.09940)."""
     window: int | None = None
     """A position sees itself and the window - 1 before it; by default all before it."""
     qk_norm: bool = False
-    """RMS-normalise queries and keys, per head (Henry et al., arXiv 2010.04245)."""
+    """RMS-normalise queries and keys (Henry et al., arXiv 2010.04245)."""
+    qk_norm_over: Literal["head", "width"] = "head"
+    """The channels of a head, or of all heads together, as in OLMo 2."""
+    qk_norm_eps: float = 1e-5
+    qk_norm_unit_offset: bool = False
+    """That norm multiplies by 1 + scale instead of scale, as in Gemma 3."""
     bias: bool = True
+    """Of queries, keys and values, and of the output unless `out_bias` says otherwise."""
+    out_bias: bool | None = None
     kernel: Literal["plain", "xla", "cudnn"] = "plain"
     """Plain, or `jax.nn.dot_product_attention` with that implementation (float32 and narrower only)."""
 
@@ -41,28 +56,66 @@ class Config(AggregateConfig):
             value = getattr(self, what)
             if value is not None and value < 1:
                 yield f"{what}: expected at least 1, got {value}"
+        for what in ("rope_theta", "softcap"):
+            value = getattr(self, what)
+            if value is not None and not value > 0:
+                yield f"{what}: expected more than 0, got {value}"
+        if not self.qk_norm_eps >= 0:
+            yield f"qk_norm_eps: expected at least 0, got {self.qk_norm_eps}"
         if self.kv_heads and self.heads > 0 and self.heads % self.kv_heads:
             yield f"kv_heads: expected a divisor of heads = {self.heads}, got {self.kv_heads}"
-        if self.positions == "rope" and self.head_width and self.head_width % 2:
-            yield f"head_width: expected an even number with RoPE, got {self.head_width}"
+        for what in ("rope_width", "rope_scaling"):
+            if getattr(self, what) is not None and self.positions != "rope":
+                yield f"{what}: expected positions = 'rope', got {self.positions!r}"
+        if self.softcap is not None and self.kernel != "plain":
+            yield f"kernel: expected 'plain' with a soft cap, which fused kernels lack, got {self.kernel!r}"
+        if self.positions == "rope" and self.head_width and self.head_width > 0:
+            yield from self._check_rope(self.head_width)
+
+    def _check_rope(self, head_width: int) -> Iterable[str]:
+        width = head_width if self.rope_width is None else self.rope_width
+        if self.rope_width is None and width % 2:
+            yield f"head_width: expected an even number with RoPE, got {width}"
+        elif not 2 <= width <= head_width or width % 2:
+            yield f"rope_width: expected an even number from 2 to the head width {head_width}, got {width}"
+        elif isinstance(self.rope_scaling, LongRopeScaling) and len(self.rope_scaling.factors) != width // 2:
+            yield f"rope_scaling.factors: expected {width // 2}, half the width rotated, got " + str(
+                len(self.rope_scaling.factors)
+            )
 
     def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "Attention":
         if self.head_width is None and width % self.heads:
             raise ConfigError(f"heads: expected a divisor of width = {width} (or head_width given), got {self.heads}.")
         K = self.head_width or width // self.heads
-        if self.positions == "rope" and K % 2:
-            raise ConfigError(f"width: expected an even head width with RoPE, got width / heads = {K}.")
+        wrong = list(self._check_rope(K)) if self.positions == "rope" else []
+        if wrong:
+            raise ConfigError(f"attention, with a head width of width / heads = {K}: " + "; ".join(wrong) + ".")
         kv_heads = self.kv_heads or self.heads
         key_qkv, key_out = jax.random.split(key)
+
+        def norm(heads: int) -> RMSNorm:
+            normed = K if self.qk_norm_over == "head" else heads * K
+            return RMSNorm.init(normed, eps=self.qk_norm_eps, unit_offset=self.qk_norm_unit_offset)
+
         return Attention(
             qkv=Linear.init(width, (self.heads + 2 * kv_heads) * K, bias=self.bias, key=key_qkv),
-            out=Linear.init(self.heads * K, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
-            q_norm=RMSNorm.init(K) if self.qk_norm else None,
-            k_norm=RMSNorm.init(K) if self.qk_norm else None,
+            out=Linear.init(
+                self.heads * K,
+                width,
+                bias=self.bias if self.out_bias is None else self.out_bias,
+                gain=1 / math.sqrt(2 * depth),
+                key=key_out,
+            ),
+            q_norm=norm(self.heads) if self.qk_norm else None,
+            k_norm=norm(kv_heads) if self.qk_norm else None,
             heads=self.heads,
             kv_heads=kv_heads,
             positions=self.positions,
             rope_theta=self.rope_theta,
+            rope_width=K if self.rope_width is None else self.rope_width,
+            rope_scaling=self.rope_scaling,
+            scale=1 / math.sqrt(K) if self.scale is None else self.scale,
+            softcap=self.softcap,
             window=self.window,
             kernel=self.kernel,
         )
@@ -81,7 +134,7 @@ class State(NamedTuple):
 
 @module
 class Attention(Aggregate):
-    """A = softmax over j <= i of q_i . k_j / sqrt(K); G is the query heads. Kind of A: exact.
+    """A = softmax over j <= i of scale q_i . k_j; G is the query heads. Kind of A: exact.
 
     Keys and values of a group are shared by its query heads, in order: head h uses group h // (heads / kv_heads).
     """
@@ -93,11 +146,16 @@ class Attention(Aggregate):
     """Queries, keys and values of all heads, in this order, from one matrix."""
     out: Linear = nnx.data()
     q_norm: RMSNorm | None = nnx.data()
+    """Over each head, or over the queries of all heads together, as wide as it is."""
     k_norm: RMSNorm | None = nnx.data()
     heads: int
     kv_heads: int
     positions: Literal["none", "rope", "alibi"]
     rope_theta: float
+    rope_width: int
+    rope_scaling: RopeScaling | None
+    scale: float
+    softcap: float | None
     window: int | None
     kernel: Literal["plain", "xla", "cudnn"]
 
@@ -109,19 +167,21 @@ class Attention(Aggregate):
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries [H, T, K], keys [kv, T, K], values [kv, T, K] of x [T, D] at `positions` [T]."""
         H, N, K = self.heads, self.kv_heads, self.head_width
-        parts = jnp.split(jax.vmap(self.qkv)(x), (H * K, (H + N) * K), axis=-1)
-        q, k, v = (part.reshape(len(x), -1, K).transpose(1, 0, 2) for part in parts)
+        q, k, v = jnp.split(jax.vmap(self.qkv)(x), (H * K, (H + N) * K), axis=-1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = jax.vmap(jax.vmap(self.q_norm))(q), jax.vmap(jax.vmap(self.k_norm))(k)
+            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        q, k, v = (part.reshape(len(x), -1, K).transpose(1, 0, 2) for part in (q, k, v))
         if self.positions == "rope":
-            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+            q, k = (rotate(a, positions, self.rope_theta, self.rope_width, self.rope_scaling) for a in (q, k))
         return q, k, v
 
     def _weights(self, q: Array, k: Array, rows: Array, columns: Array, allowed: Array) -> Array:
         """A [H, R, C] for queries [H, R, K] at positions `rows` and keys [kv, C, K] at positions `columns`."""
-        q = (q / math.sqrt(self.head_width)).reshape(self.kv_heads, -1, self.head_width)
+        q = (q * self.scale).reshape(self.kv_heads, -1, self.head_width)
         scores = jnp.einsum("grk,gck->grc", q, k, preferred_element_type=wide(q.dtype))
         scores = scores.reshape(self.heads, len(rows), len(columns))
+        if self.softcap is not None:
+            scores = softcapped(scores, self.softcap)
         if self.positions == "alibi":
             scores = scores + alibi(self.heads, rows, columns, scores.dtype)
         # A finite floor, as a row of a state may have nothing to see, and -inf - -inf is NaN in the gradient.
@@ -184,7 +244,7 @@ class Attention(Aggregate):
             bias = alibi(self.heads, index, index, jnp.float32)[None].astype(q.dtype)
         q, k, v = (a.transpose(1, 0, 2)[None] for a in (q, k, v))
         kernel: Any = self.kernel
-        y = jax.nn.dot_product_attention(q, k, v, bias, allowed[None, None], implementation=kernel)
+        y = jax.nn.dot_product_attention(q, k, v, bias, allowed[None, None], scale=self.scale, implementation=kernel)
         return y[0].transpose(1, 0, 2)
 
     def init_state(self, length: int) -> State:
@@ -222,15 +282,9 @@ class Attention(Aggregate):
         return dataclasses.replace(self, kernel="plain")
 
 
-def rotate(x: Float[Array, "H T K"], positions: Int[Array, " T"], theta: float) -> Float[Array, "H T K"]:
-    """Rotary position embedding (Su et al., arXiv 2104.09864): pairs (k, k + K/2) turn by position * theta^(-2k/K)."""
-    half = x.shape[-1] // 2
-    dtype = wide(x.dtype)
-    angles = positions.astype(dtype)[:, None] * (theta ** (-jnp.arange(half, dtype=dtype) / half))[None]
-    cos, sin = jnp.cos(angles)[None], jnp.sin(angles)[None]
-    first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def _normed(norm: RMSNorm, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """Each position of `x` normalised in pieces as wide as `norm`."""
+    return jax.vmap(jax.vmap(norm))(x.reshape(len(x), -1, norm.scale.shape[-1])).reshape(x.shape)
 
 
 def alibi(heads: int, rows: Int[Array, " R"], columns: Int[Array, " C"], dtype: Any) -> Float[Array, "H R C"]:

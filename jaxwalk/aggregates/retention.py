@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxwalk.aggregates._linear import Coefficients, LinearAggregate, LinearConfig, standardised
-from jaxwalk.aggregates.attention import rotate
+from jaxwalk.aggregates._rotary import rotate
 from jaxwalk.config import ConfigError
 from jaxwalk.filters import Linear, held, module
 

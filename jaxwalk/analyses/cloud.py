@@ -401,7 +401,7 @@ class Seen(NamedTuple):
         rates = []
         for number, (batch, count) in enumerate(batches(walks, size)):
             directions = jax.random.normal(
-                jax.random.fold_in(jax.random.key(seed), number), (size, len(every), D), model.token_vectors.dtype
+                jax.random.fold_in(jax.random.key(seed), number), (size, len(every), D), model.embed.table.dtype
             )
             rates.append(np.asarray(_rates(model, batch, np.array(every), directions), float)[:count])
         return cls(points, {"last_token": tokens[:, -1], "next_token": following}, np.concatenate(rates))

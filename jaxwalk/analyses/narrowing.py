@@ -327,7 +327,7 @@ def _chain_rule(
         conditional = steps[:, cut - 1 :].sum(axis=1)
         errors.append(np.abs(conditional - (joint - alone[i, :, : cut - 1].sum(axis=1))).max())
         changes.append(np.abs(conditional - after_other[i, :, cut - 1 :].sum(axis=1)).mean())
-    rounding = float(jnp.finfo(model.token_vectors.dtype).eps * np.abs(joint).max())
+    rounding = float(jnp.finfo(model.embed.table.dtype).eps * np.abs(joint).max())
     return float(np.max(errors)), {"exact": 0.0, "rounding": rounding, "other_context": float(np.mean(changes))}
 
 

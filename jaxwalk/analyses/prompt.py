@@ -229,7 +229,7 @@ def _world_law(
 def _sensitivities(model: Transformer, prompt: Int[Array, " P"], whole: bool) -> Float[Array, "R P"]:
     if whole:
         return context_sensitivity(model, prompt)
-    last = jnp.zeros((len(prompt), model.width), model.token_vectors.dtype)
+    last = jnp.zeros((len(prompt), model.width), model.embed.table.dtype)
 
     def row(direction: Array) -> Array:
         return jnp.sum(context_vjp(model, prompt, last.at[-1].set(direction)) ** 2, axis=-1)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, percentiles, resampled_means
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.filters import Embed, LayerNorm, LearnedPositions, Linear, Norm, SinusoidalPositions, Unembed
+from jaxwalk.filters import LayerNorm, LearnedPositions, Linear, Norm, SinusoidalPositions, Unembed
 from jaxwalk.transformer import Layer, Transformer
 
 FLOATS = 1 << 20
@@ -129,8 +129,8 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
                 null[f"{key}.{other}"] = float(summary[source][c])
     for c, k in enumerate(ks, 2):
         null[f"{columns[c]}_distance.chance"] = null[f"{columns[c]}_cosine.chance"] = k / V
-    biased = model.unembed.bias is not None
-    if not biased:
+    by_construction = model.unembed.bias is None and model.unembed.softcap is None
+    if by_construction:
         null["share_dot.by_construction"] = 1.0
     measured["identity_error"] = identity
     null["identity_error.exact"] = 0.0
@@ -141,9 +141,9 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
             "slope b for all contexts (a slope for each would let a random vector explain 1/(V-1)); negative where b is"
         ),
         "dot": (
-            "not 1 by construction: there is an output bias"
-            if biased
-            else "explains everything by construction, as there is no output bias: no evidence"
+            "explains everything by construction, as there is no output bias: no evidence"
+            if by_construction
+            else "not 1 by construction: there is an output bias, or a soft cap of the logits"
         ),
         "distance": "-|c - u|^2 / 2: over v it differs from the dot product by |u|^2 / 2 alone, in every context alike",
         "other_context": "what it explains as well is how frequent tokens are, not what the context says",
@@ -218,7 +218,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
         Figure(
             "explained",
             "What explains the log-probability of tokens"
-            + ("" if biased else " (the dot product does by construction; the question is what nearness keeps of it)"),
+            + (" (the dot product does by construction; the question is what nearness keeps of it)" * by_construction),
             "predictor",
             "share of the variance over v",
             bars("explained"),
@@ -256,7 +256,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
             f"Distance explains {measured['share_distance']:.3f} "
             f"[{interval['share_distance'][0]:.3f}, {interval['share_distance'][1]:.3f}] of the variance of "
             f"log-probabilities and cosine {measured['share_cosine']:.3f} (dot {measured['share_dot']:.3f}"
-            f"{'' if biased else ' by construction'}; distance of a random vector "
+            f"{' by construction' * by_construction}; distance of a random vector "
             f"{null['share_distance.random_vector']:.3f}, of another path's context "
             f"{null['share_distance.other_context']:.3f}{share}); the nearest token is the most probable in "
             f"{measured[f'top{k}_distance']:.1%} of contexts "
@@ -380,7 +380,7 @@ def rotate(model: Transformer, key: Array) -> Transformer:
     if isinstance(positions, SinusoidalPositions):
         positions = LearnedPositions(jax.vmap(positions)(jnp.arange(model.max_length)).astype(model.embed.table.dtype))
     if positions is not None:
-        positions = LearnedPositions(_times(positions.table, R))
+        positions = dataclasses.replace(positions, table=_times(positions.table, R))
 
     scale, bias = (np.ones(D), None) if model.norm is None else _scale_and_bias(model.norm)
     U, b = model.output_vectors, model.unembed.bias
@@ -388,10 +388,10 @@ def rotate(model: Transformer, key: Array) -> Transformer:
         shift = np.asarray(U, float) @ bias
         if b is not None or np.any(shift):
             b = jnp.asarray(shift if b is None else shift + np.asarray(b, float), U.dtype)
-    unembed = Unembed(_times(np.asarray(U, float) * scale, R, U.dtype), b)
+    unembed = Unembed(_times(np.asarray(U, float) * scale, R, U.dtype), b, model.unembed.softcap)
     return dataclasses.replace(
         model,
-        embed=Embed(_times(model.embed.table, R)),
+        embed=dataclasses.replace(model.embed, table=_times(model.embed.table, R)),
         positions=positions,
         layers=layers,
         norm=None if model.norm is None else _unit(model.norm),
@@ -415,26 +415,30 @@ def _rotation(D: int, key: Array, *, fix_ones: bool) -> Float[np.ndarray, "D D"]
 
 
 def _rotate_layer(layer: Layer, R: np.ndarray) -> Layer:
-    post = layer.placement == "post"
+    after = layer.placement in ("post", "res_post")
 
-    def part(norm: Norm, module: Any) -> tuple[Norm, Any]:
-        scale, bias = _scale_and_bias(norm)
-        if not post:
-            return _unit(norm), _rotate_maps(module, R, scale, bias)
-        if np.ptp(scale) > 0:
+    def writes(norm: Norm | None) -> Norm | None:
+        """A norm of what is written to the stream."""
+        if norm is not None and np.ptp(_scale_and_bias(norm)[0]) > 0:
             raise NotApplicable(
-                "post-norm writes scaled vectors to the stream itself, and a scale that differs from coordinate to "
-                "coordinate does not commute with rotations"
+                f"{layer.placement}-norm writes scaled vectors to the stream itself, and a scale that differs from "
+                "coordinate to coordinate does not commute with rotations"
             )
-        turned = _rotate_maps(module, R, np.ones(len(R)), None)
         if isinstance(norm, LayerNorm) and norm.bias is not None:
-            return dataclasses.replace(norm, bias=_times(norm.bias, R)), turned
-        return norm, turned
+            return dataclasses.replace(norm, bias=_times(norm.bias, R))
+        return norm
 
-    norm, aggregate = part(layer.aggregate_norm, layer.aggregate)
-    changes: dict[str, Any] = {"aggregate_norm": norm, "aggregate": aggregate}
+    def part(what: str, norm: Norm, out_norm: Norm | None, module: Any) -> dict[str, Any]:
+        scale, bias = (np.ones(len(R)), None) if after else _scale_and_bias(norm)
+        return {
+            f"{what}_norm": writes(norm) if after else _unit(norm),
+            f"{what}_out_norm": writes(out_norm),
+            what: _rotate_maps(module, R, scale, bias),
+        }
+
+    changes = part("aggregate", *layer.aggregate_norms, layer.aggregate)
     if layer.filter is not None and layer.filter_norm is not None:
-        changes["filter_norm"], changes["filter"] = part(layer.filter_norm, layer.filter)
+        changes |= part("filter", *layer.filter_norms, layer.filter)  # type: ignore[arg-type]
     return dataclasses.replace(layer, **changes)
 
 
@@ -474,13 +478,15 @@ def _times(rows: Any, R: np.ndarray, dtype: Any = None) -> Array:
 
 
 def _scale_and_bias(norm: Norm) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a norm multiplies by and adds."""
     bias = getattr(norm, "bias", None)
-    return np.asarray(norm.scale, float), None if bias is None else np.asarray(bias, float)
+    scale = np.asarray(norm.scale, float) + getattr(norm, "unit_offset", False)
+    return scale, None if bias is None else np.asarray(bias, float)
 
 
 def _unit(norm: Norm) -> Norm:
     """The norm without scale and bias, of the same structure."""
-    unit = dataclasses.replace(norm, scale=jnp.ones_like(norm.scale))
+    unit = dataclasses.replace(norm, scale=jnp.full_like(norm.scale, 1 - getattr(norm, "unit_offset", False)))
     if isinstance(unit, LayerNorm) and unit.bias is not None:
         unit = dataclasses.replace(unit, bias=jnp.zeros_like(unit.bias))
     return unit
@@ -488,5 +494,5 @@ def _unit(norm: Norm) -> Norm:
 
 def _layer_norm(model: Transformer) -> bool:
     """Whether any norm of the stream is a LayerNorm."""
-    norms = [model.norm, *(n for layer in model.layers for n in (layer.aggregate_norm, layer.filter_norm))]
-    return any(isinstance(norm, LayerNorm) for norm in norms)
+    norms = [n for layer in model.layers for n in (*layer.aggregate_norms, *layer.filter_norms)]
+    return any(isinstance(norm, LayerNorm) for norm in (model.norm, *norms))
