@@ -14,7 +14,7 @@ import dataclasses
 import math
 import typing
 import zlib
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -127,9 +127,16 @@ def softcapped(a: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
 
 def softcap_gate(a: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
     """The coefficient of a soft cap that is held: softcapped(a) / a, and 1 at 0."""
-    x = a / cap
-    near = jnp.abs(x) < 1e-3  # where the series is exact and the quotient is not
-    return jnp.where(near, 1 - x * x / 3 + 2 * x**4 / 15, jnp.tanh(x) / jnp.where(near, 1, x))
+    return tanh_gate(a / cap)
+
+
+def tanh_gate(a: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """tanh(a) / a, with its limit 1 at 0, where a few terms of its series give it and its derivatives."""
+    near = jnp.abs(a) < 1e-2
+    square = jnp.where(near, a * a, 0)
+    series = 1 - square * (1 / 3 - square * (2 / 15 - square * 17 / 315))
+    away = jnp.where(near, 1, a)
+    return jnp.where(near, series, jnp.tanh(away) / away)
 
 
 @module
@@ -225,6 +232,9 @@ def activate(a: Float[Array, " E"], activation: Activation, hold: bool) -> Float
 class MLP(nnx.Module):
     """down(phi(up(x))). The held coefficients are the gates of phi, one for each neuron."""
 
+    reads: ClassVar[frozenset[str]] = frozenset({"up"})
+    writes: ClassVar[frozenset[str]] = frozenset({"down"})
+
     up: Linear = nnx.data()
     down: Linear = nnx.data()
     activation: Activation = "gelu"
@@ -240,6 +250,9 @@ class MLP(nnx.Module):
 @module
 class GatedMLP(nnx.Module):
     """down(phi(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202). What is held is the whole gate branch."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"gate", "up"})
+    writes: ClassVar[frozenset[str]] = frozenset({"down"})
 
     gate: Linear = nnx.data()
     up: Linear = nnx.data()

@@ -45,6 +45,11 @@ class Aggregate(nnx.Module, abc.ABC):
     recurrent network read its past. none: there is no such A."""
     undecayed: ClassVar[frozenset[str]] = frozenset()
     """Names of its fields that weight decay leaves alone though they are matrices, as it does all vectors: rates."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Names of the `Linear` fields that the stream is read by, if it is read in no other way: what turns with the space
+    where that is rotated. None where it is read coordinate by coordinate."""
+    writes: ClassVar[frozenset[str]] = frozenset({"out"})
+    """Names of the `Linear` fields that write to the stream."""
     width: int
     """The width of the model: a field or property, which the state of `init_state` here is made from."""
 

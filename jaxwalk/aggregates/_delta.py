@@ -4,7 +4,7 @@ import abc
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,8 @@ class DeltaRule(LinearAggregate):
     With convolutions q, k and v are swish(conv(.)) of what the matrix gives, and A, channel by channel, is that of the
     recurrence times the gate of the values' swish times their convolution.
     """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"qkv", "beta"})
 
     beta: Linear = nnx.data()
     conv: ShortConvolution | None = nnx.data()

@@ -86,6 +86,7 @@ class LinearAggregate(Aggregate):
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+    reads: ClassVar[frozenset[str]] = frozenset({"qkv"})
 
     qkv: Linear = nnx.data()
     """Queries, keys and values of all heads, in this order, from one matrix."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxwalk.aggregates._contract import Aggregate, runs_and_positions
 from jaxwalk.aggregates._diagonal import rows_of
-from jaxwalk.filters import Key, Linear, held, module, wide
+from jaxwalk.filters import Key, Linear, held, module, tanh_gate, wide
 
 
 class Gates(NamedTuple):
@@ -49,6 +49,8 @@ class RecurrentNetwork(Aggregate):
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "conditional"
     memories: ClassVar[int]
     """N, the vectors that the cell remembers."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"input"})
 
     input: Linear = nnx.data()
     """To the arguments of all gates and of the candidate, side by side."""
@@ -131,12 +133,3 @@ def recurrent_weights(hidden: int, gates: int, *, bias: bool, key: Key) -> Linea
 def tanh(a: Float[Array, "*n"], hold: bool) -> Float[Array, "*n"]:
     """tanh(a); if `hold`, as the constant tanh(a) / a times a."""
     return held(tanh_gate(a), hold) * a if hold else jnp.tanh(a)
-
-
-def tanh_gate(a: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """tanh(a) / a, with its limit 1 at 0, where a few terms of its series give it and its derivatives."""
-    near = jnp.abs(a) < 1e-2
-    square = jnp.where(near, a * a, 0)
-    series = 1 - square * (1 / 3 - square * (2 / 15 - square * 17 / 315))
-    away = jnp.where(near, 1, a)
-    return jnp.where(near, series, jnp.tanh(away) / away)

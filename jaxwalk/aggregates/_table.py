@@ -45,6 +45,7 @@ class TableAggregate(Aggregate):
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+    reads: ClassVar[frozenset[str]] = frozenset({"value"})
 
     value: Linear = nnx.data()
     out: Linear = nnx.data()

@@ -56,6 +56,7 @@ class CausalConv(Aggregate):
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+    reads: ClassVar[frozenset[str]] = frozenset({"value"})
 
     value: Linear = nnx.data()
     conv: ShortConvolution = nnx.data()

@@ -43,6 +43,7 @@ class CausalMean(Aggregate):
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+    reads: ClassVar[frozenset[str]] = frozenset({"value"})
 
     value: Linear = nnx.data()
     out: Linear = nnx.data()

@@ -49,6 +49,8 @@ class GatedDeltaNet(DeltaRule):
     Short convolutions are a choice, as in `delta_net`.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"qkv", "beta", "decay", "gate"})
+
     decay: Linear = nnx.data()
     log_rate: Float[Array, " H"] = nnx.data()
     gate: Linear = nnx.data()

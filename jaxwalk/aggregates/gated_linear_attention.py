@@ -50,6 +50,8 @@ class GatedLinearAttention(LinearAggregate):
     Kind of A: exact. The readout is out(swish(gate(x)) * LayerNorm(y)), head by head. Held are the gate and 1/std.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"qkv", "decay", "gate"})
+
     decay: Linear = nnx.data()
     decay_up: Linear = nnx.data()
     gate: Linear = nnx.data()

@@ -61,6 +61,7 @@ class GMLP(Aggregate):
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+    reads: ClassVar[frozenset[str]] = frozenset({"gate", "value"})
 
     gate: Linear = nnx.data()
     value: Linear = nnx.data()

@@ -140,6 +140,7 @@ class Hyena(Aggregate):
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+    reads: ClassVar[frozenset[str]] = frozenset({"value", "gate"})
 
     value: Linear = nnx.data()
     gate: Linear = nnx.data()

@@ -42,6 +42,7 @@ class Identity(Aggregate):
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+    reads: ClassVar[frozenset[str]] = frozenset({"value"})
 
     value: Linear = nnx.data()
     out: Linear = nnx.data()

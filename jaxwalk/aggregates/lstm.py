@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxwalk.aggregates._recurrent import Gates, RecurrentNetwork, recurrent_weights, tanh, tanh_gate
+from jaxwalk.aggregates._recurrent import Gates, RecurrentNetwork, recurrent_weights, tanh
 from jaxwalk.config import AggregateConfig
-from jaxwalk.filters import Linear, held, module
+from jaxwalk.filters import Linear, held, module, tanh_gate
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Mamba(Aggregate):
     granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
     undecayed: ClassVar[frozenset[str]] = frozenset({"A_log"})
+    reads: ClassVar[frozenset[str]] = frozenset({"value", "gate"})
 
     value: Linear = nnx.data()
     gate: Linear = nnx.data()

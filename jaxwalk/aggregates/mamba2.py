@@ -101,6 +101,7 @@ class Mamba2(Aggregate):
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+    reads: ClassVar[frozenset[str]] = frozenset({"mixed", "gate", "dt"})
 
     mixed: Linear = nnx.data()
     """To u, B and C before the convolution, in this order."""

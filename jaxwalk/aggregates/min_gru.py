@@ -12,9 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxwalk.aggregates._contract import Aggregate, runs_and_positions
 from jaxwalk.aggregates._diagonal import recur, rows_of
-from jaxwalk.aggregates._recurrent import tanh_gate
 from jaxwalk.config import AggregateConfig
-from jaxwalk.filters import Linear, held, module, wide
+from jaxwalk.filters import Linear, held, module, tanh_gate, wide
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class MinGRU(Aggregate):
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
     kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+    reads: ClassVar[frozenset[str]] = frozenset({"gate", "value"})
 
     gate: Linear = nnx.data()
     value: Linear = nnx.data()

@@ -45,6 +45,8 @@ class Retention(LinearAggregate):
     The paper's normalisations of the rows of A are left out, as GroupNorm undoes them.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"qkv", "gate"})
+
     gate: Linear = nnx.data()
 
     def coefficients(self, x: Float[Array, "T D"], positions: Int[Array, " T"]) -> Coefficients:

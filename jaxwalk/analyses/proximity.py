@@ -356,13 +356,6 @@ def summarise(sums: Float[np.ndarray, "... columns"]) -> Float[np.ndarray, "... 
 
 # Rotation.
 
-READS = {"qkv", "value", "gate", "up", "beta", "decay"}
-"""Maps of an aggregate or a filter that read the stream."""
-WRITES = {"out", "down"}
-"""Maps that write to it."""
-WITHIN = {"q_norm", "k_norm", "logits", "decay_up", "log_rate"}
-"""Parameters that never meet the stream."""
-
 
 def rotate(model: Transformer, key: Array) -> Transformer:
     """A model with the same law whose stream lives in a randomly rotated space.
@@ -444,21 +437,17 @@ def _rotate_layer(layer: Layer, R: np.ndarray) -> Layer:
 
 def _rotate_maps(module: Any, R: np.ndarray, scale: np.ndarray, bias: np.ndarray | None) -> Any:
     """`module` with its maps turned: it reads (n scale + bias) through them, where n comes rotated."""
-    held = {f.name: getattr(module, f.name) for f in dataclasses.fields(module)}
-    maps = {name: m for name, m in held.items() if isinstance(m, Linear) and name in READS | WRITES}
-    others = [n for n, m in held.items() if n not in maps and n not in WITHIN and jax.tree.leaves(_arrays(m))]
-    kind = type(module).__name__
-    if others or not READS & set(maps) or not WRITES & set(maps):
+    kind = type(module)
+    if not kind.reads or not kind.writes:
         raise NotApplicable(
-            f"{kind} has no maps that are known to read and write the stream"
-            if not others
-            else f"{kind} has parameters that may read or write the stream in ways not known here: {', '.join(others)}"
+            f"{kind.__name__} reads the stream coordinate by coordinate, not through maps that could turn"
         )
     turned = {}
-    for name, m in maps.items():
+    for name in sorted(kind.reads | kind.writes):
+        m = getattr(module, name)
         weight = np.asarray(m.weight, float)
         dtype = m.weight.dtype
-        if name in WRITES:
+        if name in kind.writes:
             turned[name] = Linear(_times(weight, R, dtype), None if m.bias is None else _times(m.bias, R))
             continue
         b = m.bias
@@ -466,10 +455,6 @@ def _rotate_maps(module: Any, R: np.ndarray, scale: np.ndarray, bias: np.ndarray
             b = jnp.asarray(bias @ weight + (0 if b is None else np.asarray(b, float)), dtype)
         turned[name] = Linear(jnp.asarray(R.T @ (scale[:, None] * weight), dtype), b)
     return dataclasses.replace(module, **turned)
-
-
-def _arrays(value: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
 
 
 def _times(rows: Any, R: np.ndarray, dtype: Any = None) -> Array:
