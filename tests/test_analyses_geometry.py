@@ -285,21 +285,12 @@ def test_what_cannot_be_rotated_is_said():
     assert "post-norm" in finding.conventions["rotation"]
 
 
-def test_parameters_of_an_unknown_side_are_refused():
-    @dataclasses.dataclass
-    class Strange:
-        value: Linear
-        out: Linear
-        elsewhere: Linear
-
+def test_what_says_nothing_of_how_it_meets_the_stream_is_refused():
     @dataclasses.dataclass
     class Bare:
         table: Linear | None = None
 
-    linear = Linear(jnp.ones((4, 4)), None)
-    with pytest.raises(NotApplicable, match=r"Strange .*: elsewhere"):
-        proximity._rotate_maps(Strange(linear, linear, linear), np.eye(4), np.ones(4), None)
-    with pytest.raises(NotApplicable, match="Bare has no maps"):
+    with pytest.raises(NotApplicable, match="Bare reads the stream coordinate by coordinate"):
         proximity._rotate_maps(Bare(), np.eye(4), np.ones(4), None)
 
 

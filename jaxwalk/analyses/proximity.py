@@ -438,16 +438,18 @@ def _rotate_layer(layer: Layer, R: np.ndarray) -> Layer:
 def _rotate_maps(module: Any, R: np.ndarray, scale: np.ndarray, bias: np.ndarray | None) -> Any:
     """`module` with its maps turned: it reads (n scale + bias) through them, where n comes rotated."""
     kind = type(module)
-    if not kind.reads or not kind.writes:
+    reads: frozenset[str] = getattr(kind, "reads", frozenset())
+    writes: frozenset[str] = getattr(kind, "writes", frozenset())
+    if not reads or not writes:
         raise NotApplicable(
             f"{kind.__name__} reads the stream coordinate by coordinate, not through maps that could turn"
         )
     turned = {}
-    for name in sorted(kind.reads | kind.writes):
+    for name in sorted(reads | writes):
         m = getattr(module, name)
         weight = np.asarray(m.weight, float)
         dtype = m.weight.dtype
-        if name in kind.writes:
+        if name in writes:
             turned[name] = Linear(_times(weight, R, dtype), None if m.bias is None else _times(m.bias, R))
             continue
         b = m.bias
