@@ -8,10 +8,11 @@ import pytest
 
 import jaxwalk as jw
 from jaxwalk import training
+from jaxwalk.config import WorldData
 from tests.test_training import small
 
-FAMILIES = ("mamba", "lru", "gru", "rwkv7", "hyena", "mamba2,attention")
-ONLY = ("path_law", "encoding_walk", "lens_comparison", "association", "proximity", "prompt")
+FAMILIES = ("mamba", "lru", "gru", "hyena", "rwkv7,attention")
+ONLY = ("path_law", "encoding_walk", "association", "proximity", "prompt")
 
 
 @pytest.mark.slow
@@ -19,9 +20,10 @@ ONLY = ("path_law", "encoding_walk", "lens_comparison", "association", "proximit
 def test_what_is_asked_of_attention_is_asked_of_all(family, tmp_path):
     config = small()
     aggregates = tuple(jw.aggregates.config(name) for name in family.split(","))
-    model = dataclasses.replace(config.model, aggregate=aggregates, depth=len(aggregates))
-    training.train(dataclasses.replace(config, model=model), tmp_path / "run", out=io.StringIO())
-    subject = jw.analyses.open_subject(tmp_path / "run", prompt="0 1 0")
+    model = dataclasses.replace(config.model, vocab_size=3, aggregate=aggregates, depth=len(aggregates))
+    config = dataclasses.replace(config, data=WorldData("mess3"), model=model)
+    training.train(config, tmp_path / "run", out=io.StringIO())
+    subject = jw.analyses.open_subject(tmp_path / "run", prompt="A B A")
 
     def failed(name: str, error: Exception) -> None:
         raise AssertionError(name) from error
@@ -31,7 +33,6 @@ def test_what_is_asked_of_attention_is_asked_of_all(family, tmp_path):
     assert not skipped
     measured = {finding.name: finding.measured for finding in findings}
     assert all(np.isfinite(value) for value in measured["association"].values())
-    # Its own patterns put back change nothing, and the whole law sums to one.
+    # Whatever the family, the probabilities of all paths sum to one, and the parts of a context vector to the whole.
     assert measured["path_law"]["total_mass"] == pytest.approx(1, abs=1e-4)
-    error = jw.decompose(subject.model, subject.prompt).error
-    assert error < 1e-5
+    assert jw.decompose(subject.model, subject.prompt).error < 1e-5
