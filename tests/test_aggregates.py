@@ -94,7 +94,14 @@ FOURIER = {"hyena", "s4d"}
 # Their output is of the fifth degree in large inputs: its square at 1e4 is beyond float32.
 STEEP = {"mamba"}
 LINEAR = ("linear_attention", "retention", "gated_linear_attention", "delta_net", "gated_delta_net")
-each = pytest.mark.parametrize("variant", VARIANTS)
+# Every family is held to every law in each run of the tests, and what it can be chosen to be in the slow ones.
+each = pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if "-" in name and not name.startswith("attention") else name
+        for name in VARIANTS
+    ],
+)
 X = normal(0, T, D)
 
 
@@ -492,7 +499,13 @@ def test_linear_recurrences_against_their_papers(name):
     np.testing.assert_allclose(y, recurrence(aggregate, name, np.array(X, float)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", jw.aggregates.names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("attention", "gated_delta_net", "mamba", "gru") else pytest.param(name, marks=pytest.mark.slow)
+        for name in jw.aggregates.names()
+    ],
+)
 def test_three_algorithms_agree_over_many_positions(name):
     N = 256
     choices = {"linear_attention": {"features": "softmax"}}.get(name, {})

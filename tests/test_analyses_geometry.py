@@ -216,7 +216,7 @@ def change(model):
 COORDINATES = {"lru", "rwkv4", "rwkv7", "s4d", "s5"}
 
 
-@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("norm", [pytest.param("rms_norm", marks=pytest.mark.slow), "layer_norm"])
 @pytest.mark.parametrize("aggregate", jw.aggregates.names())
 def test_rotating_the_space_changes_no_law(aggregate, norm):
     model = model_of(aggregate=aggregate, norm=norm, unembed_bias=True, depth=1)

@@ -1,6 +1,7 @@
 """The shape of the package: data flows one way, imports are late, names resolve, everything public is documented."""
 
 import ast
+import functools
 import importlib
 import inspect
 import subprocess
@@ -172,6 +173,11 @@ def test_names_of_the_design_exist():
     assert set(fixed) <= set(jw.__all__)
 
 
+@functools.cache
+def constants(path):
+    return [(n.value, n.lineno) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+
+
 @pytest.mark.parametrize("name", jw.aggregates.names())
 def test_an_aggregate_is_one_file_with_a_config_of_its_name(name):
     assert (PACKAGE / "aggregates" / f"{name}.py").is_file()
@@ -180,7 +186,5 @@ def test_an_aggregate_is_one_file_with_a_config_of_its_name(name):
     for path in FILES:
         if room_of(path) in ("aggregates", "analyses"):
             continue
-        knows = [
-            n.lineno for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and n.value == name
-        ]
+        knows = [line for value, line in constants(path) if value == name]
         assert not knows or (path.name, name) == ("config.py", "attention"), (path.name, knows)
