@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import functools
+import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,18 @@ with install_import_hook("jaxwalk", "beartype.beartype(conf=beartype.BeartypeCon
 def float64():
     """A context in which arrays may be float64."""
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+
+
+_MAPS = Path("/proc/self/maps")
+_tests_done = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def compiled_programs_are_let_go():
+    """Each compiled program maps about six regions of memory, and beyond 65530 of them Linux lets compilers crash."""
+    yield
+    if next(_tests_done) % 10 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
