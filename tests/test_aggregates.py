@@ -94,14 +94,19 @@ FOURIER = {"hyena", "s4d"}
 # Their output is of the fifth degree in large inputs: its square at 1e4 is beyond float32.
 STEEP = {"mamba"}
 LINEAR = ("linear_attention", "retention", "gated_linear_attention", "delta_net", "gated_delta_net")
-# Every family is held to every law in each run of the tests, and what it can be chosen to be in the slow ones.
-each = pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if "-" in name and not name.startswith("attention") else name
-        for name in VARIANTS
-    ],
-)
+REPRESENTATIVE = {"attention", "gated_delta_net", "mamba", "lru", "gru", "hyena", "gmlp"}
+
+
+def variants(quick):
+    return pytest.mark.parametrize(
+        "variant", [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+    )
+
+
+# Every family is held to the laws in each run of the tests; other choices than its defaults, and all families where
+# one of a kind is enough to see a fault of what they share, in the slow ones.
+each = variants({*jw.aggregates.names(), "attention-gqa-rope-qknorm", "attention-alibi-window", "attention-like-gemma"})
+some = variants(REPRESENTATIVE)
 X = normal(0, T, D)
 
 
@@ -246,7 +251,7 @@ def test_held_it_is_affine_and_its_values_are_what_its_kind_says(variant):
     assert (K == 1) >= (aggregate.granularity == "channel")
 
 
-@each
+@some
 def test_a_row_of_the_mixing_takes_the_memory_of_a_row(variant):
     N = 128
     shapes = jax.eval_shape(lambda: made(jw.aggregates.config(VARIANTS[variant][0], **VARIANTS[variant][1]), N))
@@ -265,7 +270,7 @@ def test_a_state_is_what_is_carried(variant):
     assert grows == (0 if VARIANTS[variant][0] not in GROWS else grows) >= 0
 
 
-@each
+@some
 def test_eight_devices_compute_what_one_does(variant):
     aggregate, x = build(variant), normal(5, 8, T, D)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -276,7 +281,7 @@ def test_eight_devices_compute_what_one_does(variant):
     np.testing.assert_allclose(y, run(aggregate, x), atol=1e-5, rtol=1e-5)
 
 
-@each
+@some
 def test_bfloat16_is_near(variant):
     aggregate = build(variant)
     narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, aggregate)
@@ -501,10 +506,7 @@ def test_linear_recurrences_against_their_papers(name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("attention", "gated_delta_net", "mamba", "gru") else pytest.param(name, marks=pytest.mark.slow)
-        for name in jw.aggregates.names()
-    ],
+    [name if name in REPRESENTATIVE else pytest.param(name, marks=pytest.mark.slow) for name in jw.aggregates.names()],
 )
 def test_three_algorithms_agree_over_many_positions(name):
     N = 256
