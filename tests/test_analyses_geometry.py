@@ -217,7 +217,13 @@ COORDINATES = {"lru", "rwkv4", "rwkv7", "s4d", "s5"}
 
 
 @pytest.mark.parametrize("norm", [pytest.param("rms_norm", marks=pytest.mark.slow), "layer_norm"])
-@pytest.mark.parametrize("aggregate", jw.aggregates.names())
+@pytest.mark.parametrize(
+    "aggregate",
+    [
+        name if name in ("attention", "lru", "mamba", "gru", "gmlp") else pytest.param(name, marks=pytest.mark.slow)
+        for name in jw.aggregates.names()
+    ],
+)
 def test_rotating_the_space_changes_no_law(aggregate, norm):
     model = model_of(aggregate=aggregate, norm=norm, unembed_bias=True, depth=1)
     if aggregate in COORDINATES:
