@@ -103,8 +103,8 @@ def variants(quick):
     )
 
 
-# Every family is held to every law in the slow tests. In the others, which CI always finishes, each with its defaults is
-# held to the first of them, that its forms agree and its values are what its kind says, and one of a kind to all.
+# Every family is held to every law in the slow tests. In the others each with its defaults is held to the first, that
+# its forms agree and that its values are what its kind says, and one of a kind to all.
 QUICK = {"attention-gqa-rope-qknorm", "attention-alibi-window", "attention-like-gemma"}
 each = variants({*jw.aggregates.names(), *QUICK})
 some = variants(REPRESENTATIVE | QUICK)
