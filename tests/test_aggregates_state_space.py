@@ -169,7 +169,9 @@ def test_against_the_paper_position_by_position(name, x64):
 TOKENS, SEGMENTS = np.array([1, 4, 0, 2, 2, 3, 1]), np.array([1, 1, 1, 2, 2, 2, 2])
 
 
-@each
+@pytest.mark.parametrize(
+    "name", [n if n in ("mamba", "lru") else pytest.param(n, marks=pytest.mark.slow) for n in CHOICES]
+)
 def test_decompositions_of_whole_models(name):
     model = model_of(aggregate=(jw.aggregates.config(name, **CHOICES[name]), "attention"), scale=0.3)
     for segments in (None, SEGMENTS):
