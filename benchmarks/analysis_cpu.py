@@ -17,7 +17,7 @@ and with one of the cores busy elsewhere, two rounds:
 The results agree to 2e-5, scores of -1400 nats to 1e-4. The aims were 2, 2, 1.5, and twice the beam's time for paths:
 that for walks is nearly reached, the others are not. What is left in scores and gradients is XLA's matrix product,
 which runs at 200 to 310 GFLOP/s where PyTorch's runs at 320 to 360. The law of these random weights is flat: the 32
-paths hold 0.037 of the probability, the beam's 0.036. Influence takes both many minutes and was not measured to the end.
+paths hold 0.037 of the probability, the beam's 0.036. Influence takes both many minutes and was not run to the end.
 """
 
 import argparse
