@@ -1,8 +1,10 @@
 """Analyse a trained model: python analyze.py runs/mess3 [--only proximity,narrowing] [--prompt "A B A"]
+A pretrained one:       python analyze.py HuggingFaceTB/SmolLM2-135M --prompt "Once upon" --text notes.txt
 Put runs side by side:  python analyze.py compare runs/mess3 runs/rrxor
 
 Every finding is printed beside its null or exact reference, and written to the run's folder: analysis/report.html
-(one page, needs no network), findings.json, arrays/*.npz and figures/*.png, *.svg.
+(one page, needs no network), findings.json, arrays/*.npz and figures/*.png, *.svg. For a pretrained model the folder is
+analysis/NAME here.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
@@ -19,7 +22,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("run", type=Path, help="a run's folder, or one step copied from its checkpoints/parameters")
+    parser.add_argument(
+        "source",
+        help="a run's folder, or one step copied from its checkpoints/parameters; or a pretrained model: a folder, a "
+        ".safetensors or .gguf file, a repository on the Hugging Face hub",
+    )
     parser.add_argument("--step", default="latest", help="a kept step's number, best, latest (default), or all")
     parser.add_argument("--only", metavar="A,B", help="run these analyses only")
     parser.add_argument(
@@ -28,13 +35,20 @@ def main() -> int:
     parser.add_argument(
         "--set", metavar="A.OPTION=VALUE", action="append", default=[], help="an option of an analysis; may be repeated"
     )
-    parser.add_argument("--prompt", help="a path to look at, in symbols of the run's vocabulary")
-    parser.add_argument("--out", type=Path, help="where to write; by default RUN/analysis (RUN/analysis/STEP for all)")
+    parser.add_argument("--prompt", help="a path to look at, in symbols of the model's vocabulary")
+    parser.add_argument("--text", metavar="FILE", help="a text to look at, in place of a run's own data")
+    parser.add_argument("--length", type=int, help="of the pieces that the text is cut in, in tokens")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where to write; by default RUN/analysis (RUN/analysis/STEP for all); of a pretrained one analysis/NAME",
+    )
     arguments = parser.parse_args()
     only = [name.strip() for name in arguments.only.split(",")] if arguments.only else None
     if arguments.step not in ("best", "latest", "all") and not arguments.step.isdigit():
         parser.error(f"--step: expected a number, best, latest or all, got {arguments.step!r}")
 
+    from jaxwalk import analyses
     from jaxwalk.checkpoint import CheckpointError, Run
     from jaxwalk.config import ConfigError
 
@@ -48,21 +62,25 @@ def main() -> int:
         if not equals or not dot:
             parser.error(f"--set: expected ANALYSIS.OPTION=VALUE, got {setting!r}")
         options.setdefault(name, {})[option] = parsed(value)
-    out = arguments.out or arguments.run / "analysis"
     whole = True
     try:
         if arguments.step == "all":
-            asked = [(step, out / str(step)) for step in Run(arguments.run).steps]
+            steps: list[int | str] = list(Run(arguments.source).steps)
         else:
-            asked = [(int(arguments.step) if arguments.step.isdigit() else arguments.step, out)]
-        for step, folder in asked:
+            steps = [int(arguments.step) if arguments.step.isdigit() else arguments.step]
+        for step in steps:
             try:
-                whole &= analyse(arguments.run, step, only, arguments.prompt, options, folder)
+                subject = analyses.open_subject(
+                    arguments.source, step, arguments.prompt, corpus=arguments.text, length=arguments.length
+                )
             except CheckpointError as error:  # of all steps, one that is damaged costs itself
                 if arguments.step != "all":
                     raise
                 whole = False
                 print(f"analyze.py: {error}", file=sys.stderr)
+                continue
+            out = arguments.out or (subject.workdir / "analysis" if subject.workdir else Path("analysis", subject.name))
+            whole &= analyse(subject, only, options, out / str(step) if arguments.step == "all" else out)
     except (ConfigError, CheckpointError, ValueError, OSError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 1
@@ -107,15 +125,8 @@ def parsed(value: str) -> object:
     return tuple(found) if isinstance(found, list) else found
 
 
-def analyse(
-    run: Path,
-    step: int | str,
-    only: list[str] | None,
-    prompt: str | None,
-    options: dict[str, dict[str, object]],
-    out: Path,
-) -> bool:
-    """Run the analyses on one step, print the table and write the report. Returns whether none of them broke."""
+def analyse(subject: Any, only: list[str] | None, options: dict[str, dict[str, object]], out: Path) -> bool:
+    """Run the analyses on a subject, print the table and write the report. Returns whether none of them broke."""
     from jaxwalk import analyses, report
 
     def started(name: str) -> None:
@@ -129,7 +140,6 @@ def analyse(
         print(f"\nanalyze.py: {name} broke, which is a bug:", file=sys.stderr)
         traceback.print_exception(error)
 
-    subject = analyses.open_subject(run, step, prompt)
     out.mkdir(parents=True, exist_ok=True)  # before the work, not after it, is when to learn that it cannot be
     findings, skipped = analyses.run(subject, only, started, failed, options)
     if sys.stderr.isatty():

@@ -38,13 +38,23 @@ def held_attribution(
 ) -> Attribution:
     """log p(token | tokens up to `at`) by the held-coefficient decomposition.
 
-    `rest` is the part of positions, biases and the entropy. Raises as `decompose` does.
+    `rest` is the part of positions, biases and the entropy. One backward pass. Raises as `decompose` does.
     """
-    parts = decompose(model, tokens, at, segments=segments)
-    direction, constant = log_prob_readout(model, parts.whole, token)
-    rest = (parts.by_position.sum(0) + parts.bias) @ direction + constant
-    whole = jax.nn.log_softmax(model.logits(parts.whole))[token]
-    return _attribution(parts.by_token @ direction, rest, whole)
+    tokens = check_tokens(model, tokens)
+    at = check_index("at", at, len(tokens))
+    segments = None if segments is None else jnp.asarray(segments)
+    with jax.default_matmul_precision("highest"):
+        context = _context(plain(model), jnp.where(at < 0, -1, tokens), segments, at)
+        direction, constant = log_prob_readout(model, context, token)
+        whole = jax.nn.log_softmax(model.logits(context))[token]
+    parts = decompose(model, tokens, at, segments=segments, along=direction[None])
+    rest = parts.by_position.sum() + parts.bias[0] + constant
+    return _attribution(parts.by_token[:, 0], rest, whole)
+
+
+@jax.jit
+def _context(model: Transformer, tokens: Array, segments: Array | None, at: Array) -> Array:
+    return model.walk(tokens, segments=segments).context[at]
 
 
 def gradient_attribution(

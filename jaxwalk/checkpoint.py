@@ -59,7 +59,7 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 def definition_of(config: TrainConfig, vocabulary: Any, store: text.TokenStore | None = None) -> dict[str, Any]:
     """All that is needed, beside the arrays, to rebuild the model and to know what it was trained on."""
     definition = {"format_version": FORMAT_VERSION, "config": to_dict(config), "vocabulary": vocabulary.to_dict()}
-    if store is not None:
+    if store is not None and store.folder is not None:
         definition["store"] = {"folder": str(store.folder.resolve()), "fingerprint": store.fingerprint}
     return definition
 

@@ -40,7 +40,8 @@ class Decomposition(NamedTuple):
 
     by_token: [T, D], of each token vector, through everything. by_position: [T, D], likewise of each position's
     vector (zeros in a model without a table). bias: [D], of all biases, computed by a derivative of its own.
-    whole: [D], the target itself. error: |sum - whole| / |whole|.
+    whole: [D], the target itself. error: |sum - whole| / |whole|. Of a target that is read along n directions, all of
+    these have n in place of D, and the error is the largest |sum - whole| / (|target| |direction|).
     """
 
     by_token: Float[Array, "T D"]
@@ -124,14 +125,23 @@ class Readout(NamedTuple):
 
 
 def decompose(
-    model: Transformer, tokens: Tokens, at: Index = -1, *, station: int | None = None, segments: Segments | None = None
+    model: Transformer,
+    tokens: Tokens,
+    at: Index = -1,
+    *,
+    station: int | None = None,
+    segments: Segments | None = None,
+    along: Float[Array, "n D"] | None = None,
 ) -> Decomposition:
     """The context vector of position `at`, or its `station` (0 to S-1), split exactly by source token.
 
-    D backward passes, in bounded memory. Raises ValueError for a position or station that does not exist or a dtype
-    below float32, DecompositionError if the parts do not sum to the whole.
+    along: directions that the parts are wanted along, as products with them; by default the parts are vectors. The
+    parts take D backward passes, in bounded memory, those along n directions n.
+
+    Raises ValueError for a position or station that does not exist or a dtype below float32, DecompositionError if the
+    parts do not sum to the whole.
     """
-    return _asked(_by_token, model, tokens, at, station, segments)
+    return _asked(_by_token, model, tokens, at, station, segments, along=along)
 
 
 def decompose_steps(
@@ -239,6 +249,7 @@ def _asked(
     station: int | None,
     segments: Segments | None,
     layer: int | None = None,
+    along: Float[Array, "n D"] | None = None,
 ) -> Any:
     """The result of a cut, jitted, if it is one."""
     tokens = check_tokens(model, tokens)
@@ -255,7 +266,7 @@ def _asked(
     segments = None if segments is None else jnp.asarray(segments)
     tokens = jnp.where(at < 0, -1, tokens)  # of a position that is not there everything is NaN
     with jax.default_matmul_precision("highest"):
-        result = _run(cut, plain(model), tokens, segments, at, station, layer)
+        result = _run(cut, plain(model), tokens, segments, at, station, layer, along)
     if not isinstance(result.error, jax.core.Tracer) and not result.error <= TOLERANCE[dtype]:
         raise DecompositionError(
             f"the parts do not sum to the whole: expected a relative error of at most {TOLERANCE[dtype]:g}, got "
@@ -283,9 +294,10 @@ def _run(
     at: Array,
     station: int | None,
     layer: int | None,
+    along: Array | None,
 ) -> Any:
     target = _Target(model, tokens, segments, at, station)
-    return cut(target) if layer is None else cut(target, layer)
+    return cut(target, *(given for given in (layer, along) if given is not None))
 
 
 class _Target:
@@ -399,11 +411,17 @@ def _error(whole: Array, parts: Array) -> Array:
 # The cuts.
 
 
-def _by_token(target: _Target) -> Decomposition:
-    by_token, by_position = _by_source(target, lambda vectors: target.of(target.held(target.model, vectors)))
-    bias = _along_biases(lambda model: target.of(target.held(model, target.vectors)), target.model)
-    error = _error(target.whole, by_token.sum(0) + by_position.sum(0) + bias)
-    return Decomposition(by_token, by_position, bias, target.whole, error)
+def _by_token(target: _Target, along: Array | None = None) -> Decomposition:
+    read = (lambda whole: whole) if along is None else (lambda whole: along @ whole)
+    by_token, by_position = _by_source(target, lambda vectors: read(target.of(target.held(target.model, vectors))))
+    bias = _along_biases(lambda model: read(target.of(target.held(model, target.vectors))), target.model)
+    whole, total = read(target.whole), by_token.sum(0) + by_position.sum(0) + bias
+    if along is None:
+        error = _error(whole, total)
+    else:  # a whole may be small where its parts cancel
+        scale = jnp.linalg.norm(target.whole) * jnp.linalg.norm(along, axis=-1)
+        error = jnp.max(jnp.abs(total - whole) / jnp.maximum(scale, jnp.finfo(whole.dtype).tiny))
+    return Decomposition(by_token, by_position, bias, whole, error)
 
 
 def _direct(target: _Target) -> tuple[Array, Array]:

@@ -760,14 +760,15 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """A tokenised corpus on disk, and its batches. Made by `open_store`.
+    """A tokenised corpus, and its batches. Made by `open_store`, on disk, or by `cut`, in memory.
 
-    folder: where it is. fingerprint: of corpus, tokenizer and format. vocabulary: what the tokens are.
+    folder: where it is; None if it is in memory. fingerprint: of corpus, tokenizer and format. vocabulary: what the
+    tokens are.
     """
 
-    folder: Path
+    folder: Path | None
     fingerprint: str
-    vocabulary: ByteVocabulary | BPEVocabulary
+    vocabulary: ByteVocabulary | BPEVocabulary | TokenizerVocabulary
     train: Split
     validation: Split
 
@@ -886,6 +887,61 @@ def open_store(config: TextData, report: Callable[[str], object] | None = None) 
     if not folder.exists():
         _build(config, folder, {"fingerprint": fingerprint, "corpus": config.corpus, "made_from": made_from}, report)
     return _open(folder, fingerprint)
+
+
+CUTS = (128, 64, 32, 16)
+"""The lengths of pieces that `cut` tries."""
+ENOUGH, FEWEST = 64, 8
+"""How many measured pieces it wants, and has to have."""
+EVERY = 4
+"""Of how many pieces one is for nulls."""
+
+
+def cut(corpus: str, vocabulary: Vocabulary, longest: int, length: int | None = None) -> TokenStore:
+    """A text that is looked at, not trained on, in memory: each document is a piece of it, of `length` + 1 tokens.
+
+    corpus: a text file in UTF-8, or whatever `documents` reads. Its documents are cut end to end, so that no token but
+    the begin-of-path token, which every piece begins with where the vocabulary has one, is in two pieces; what is left
+    at a document's end is no piece. Every fourth piece is in the split "train", for nulls that are fitted, the others
+    are in "validation".
+    longest: the most tokens that the model walks. length: by default the longest of `CUTS` at which there are enough
+    pieces.
+
+    Raises CorpusError for a corpus that cannot be read, or that is too short for 8 pieces to be measured; ConfigError
+    for a length that the model cannot walk, and for a vocabulary of symbols.
+    """
+    if isinstance(vocabulary, SymbolVocabulary):
+        raise ConfigError("text: expected a model of text, got one whose tokens are the symbols of a world.")
+    if length is not None and not 2 <= length <= longest:
+        raise ConfigError(f"length: expected from 2 to {longest}, the most tokens the model walks, got {length}.")
+    path = Path(corpus).expanduser()
+    plain = path.is_file() and path.suffix.lower() not in _LOADERS  # whatever it is called
+    read = _txt(path) if plain else documents(TextData(corpus=corpus))
+    groups = _groups((None, text) for text in read)
+    texts = [tokens for group in groups for tokens in vocabulary.encode_all([text for _, text in group])]
+    begin = np.array([] if vocabulary.begin is None else [vocabulary.begin], np.int32)
+
+    def pieces(length: int) -> Int32[np.ndarray, "pieces N"]:
+        own = length + 1 - len(begin)
+        rows = [text[: len(text) // own * own].reshape(-1, own) for text in texts] or [np.empty((0, own), np.int32)]
+        rows = np.concatenate(rows)
+        return np.concatenate([np.broadcast_to(begin, (len(rows), len(begin))), rows], axis=1)
+
+    tried = [cut for cut in CUTS if cut <= longest] or [longest]
+    rows = pieces(length or next((cut for cut in tried if len(pieces(cut)) * (EVERY - 1) >= ENOUGH * EVERY), tried[-1]))
+    fitted = np.arange(len(rows)) % EVERY == EVERY - 1
+    if (~fitted).sum() < FEWEST:
+        raise CorpusError(
+            f"corpus {corpus!r}: expected at least {FEWEST * EVERY // (EVERY - 1)} pieces of {rows.shape[1] - 1} "
+            f"tokens, of which one in {EVERY} is for nulls, got {len(rows)}. Give more text, or shorter pieces."
+        )
+
+    def split(rows: Int32[np.ndarray, "pieces N"]) -> Split:
+        starts = np.arange(len(rows)) * rows.shape[1]
+        return Split(rows.ravel(), starts, int(vocabulary.lengths[rows[:, 1:]].sum()))
+
+    fingerprint = hashlib.sha256(rows.tobytes()).hexdigest()
+    return TokenStore(None, fingerprint, vocabulary, train=split(rows[fitted]), validation=split(rows[~fitted]))
 
 
 def read_store(folder: str | os.PathLike[str], fingerprint: str) -> TokenStore:

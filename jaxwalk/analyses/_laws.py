@@ -34,8 +34,8 @@ def check_data(subject: Subject) -> None:
 
 
 def held_out_paths(subject: Subject, n: int) -> Int[np.ndarray, "n N"]:
-    """n held-out paths of N = max_length + 1 tokens, the last of which is only predicted; shorter if documents are."""
-    length = subject.model.max_length + 1
+    """n held-out paths of N = length + 1 tokens, the last of which is only predicted; shorter if documents are."""
+    length = subject.length + 1
     while True:
         try:
             return np.asarray(subject.paths(n, length))

@@ -1,4 +1,4 @@
-"""What an analysis is handed: a trained model, its untrained self, and the data whose law it learned."""
+"""What an analysis is handed: a trained model, its untrained self, and the data whose law it learned, or a text."""
 
 import dataclasses
 import os
@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxwalk import checkpoint, text
+from jaxwalk import checkpoint, pretrained, text
 from jaxwalk.analyses._finding import NotApplicable
-from jaxwalk.transformer import Transformer, check_tokens, plain
+from jaxwalk.config import ConfigError
+from jaxwalk.transformer import Transformer, check_tokens, init, plain
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,12 @@ class Subject:
     """A model and everything that its numbers are held against.
 
     model: the model that is analysed. untrained: the same model at step 0, the null of every claim about
-    training; None where there is none (a foreign checkpoint). world: the data's exact law, or None. store: the
-    token store of a text model, or None. prompt: token ids that the user asked about, or None. series: the steps
-    of training that `at_step` can load. seed: of the paths that are drawn. missing: why there is no store, or no
-    untrained model, where there should be one.
+    training, or, of a foreign checkpoint, a fresh one of its architecture; None where there is none. world: the data's
+    exact law, or None. store: the token store of a text model, or None. pieces: whether it holds a text that was cut
+    for looking at (`text.cut`), and not the corpus of the training. prompt: token ids that the user asked about, or
+    None. series: the steps of training that `at_step` can load. seed: of the paths that are drawn. workdir: the run's
+    folder. name: what the report calls the model; by default the name of the run's folder. missing: why there is no
+    store, or no untrained model, where there should be one. remarks: more of what the report says about it.
     """
 
     model: Transformer
@@ -32,26 +35,42 @@ class Subject:
     untrained: Transformer | None = None
     world: Any = None
     store: Any = None
+    pieces: bool = False
     prompt: Int[np.ndarray, " P"] | None = None
     step: int | None = None
     series: tuple[int, ...] = ()
     load_step: Callable[[int], Transformer] | None = None
     seed: int = 0
     workdir: Path | None = None
+    name: str = ""
     missing: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    remarks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """How many tokens of a path are walked: of a text cut in pieces those of a piece, else all the model can."""
+        return len(self.store.validation.document(0)) - 1 if self.pieces else self.model.max_length
 
     def paths(self, n: int, length: int | None = None) -> Int[np.ndarray, "n T"]:
-        """n held-out paths of `length` tokens (by default what the model can walk, `max_length`).
+        """n held-out paths of `length` tokens (by default `self.length`).
 
-        From a world they are fresh samples; from text, windows of the validation split that lie in one document.
-        The same call gives the same paths. Raises NotApplicable if the data has not enough of them.
+        From a world they are fresh samples; from text, windows of the validation split that lie in one document. Of a
+        text cut in pieces they are the pieces' beginnings, in a random order, and there may be fewer than n. The same
+        call gives the same paths. Raises NotApplicable if the data has not enough of them.
         """
-        length = self.model.max_length if length is None else length
+        length = self.length if length is None else length
         if self.world is not None:
             key = jax.random.fold_in(jax.random.key(self.seed), 0x5EED)
             return np.asarray(self.world.sample(key, n, length))
         if self.store is None:
             raise NotApplicable(f"paths: expected a world or a token store, got {self.no_data}.")
+        if self.pieces:
+            pieces = self.store.validation.tokens.reshape(len(self.store.validation.starts), -1)
+            if length > pieces.shape[1]:
+                raise NotApplicable(
+                    f"paths: expected at most {pieces.shape[1]} tokens, as the text is cut, got {length}."
+                )
+            return pieces[np.random.default_rng(self.seed).permutation(len(pieces))[:n], :length].astype(np.int32)
         found: list[np.ndarray] = []
         for attempt in range(100):
             tokens, segments = self.store.batch(self.seed, attempt, max(n, 64), length, split="validation")
@@ -82,7 +101,7 @@ class Subject:
     @property
     def title(self) -> str:
         """What the report is about."""
-        name = self.workdir.resolve().name if self.workdir else "model"
+        name = self.name or (self.workdir.resolve().name if self.workdir else "model")
         return name if self.step is None else f"{name}, step {self.step}"
 
     def facts(self) -> dict[str, str]:
@@ -97,11 +116,17 @@ class Subject:
         }
         if self.world is not None:
             facts["data"] = f"the world {self.world}, whose path law is known exactly"
+        elif self.pieces:
+            held_out, fitted = (len(side.starts) for side in (self.store.validation, self.store.train))
+            facts["data"] = (
+                f"text, cut in pieces of {self.length} tokens: {held_out} that are measured, {fitted} that nulls are "
+                "fitted on"
+            )
         elif self.store is not None:
             facts["data"] = f"text, {len(self.store.validation.tokens):,} held-out tokens"
         for what, reason in self.missing.items():
             facts[f"no {what}"] = reason
-        return facts
+        return facts | dict(self.remarks)
 
     def metrics(self) -> list[dict[str, float]]:
         """The rows of the run's metrics.jsonl; none where there is no such file."""
@@ -109,28 +134,79 @@ class Subject:
 
 
 def open_subject(
-    folder: str | os.PathLike[str], step: int | Literal["latest", "best"] = "latest", prompt: str | None = None
+    source: str | os.PathLike[str],
+    step: int | Literal["latest", "best"] = "latest",
+    prompt: str | None = None,
+    *,
+    corpus: str | None = None,
+    length: int | None = None,
 ) -> Subject:
-    """The subject of a run's folder at one of its kept steps, with its data and its untrained self.
+    """The subject of a run's folder at one of its kept steps, or of whatever else `jaxwalk.load` loads.
 
-    prompt: text, in symbols of the run's vocabulary. Data that is gone, or a step 0 that cannot be read, costs what
-    needs it and no more: `missing` says why. Raises CheckpointError for a step that is not there or cannot be read,
-    ValueError for a prompt that the vocabulary cannot encode or the model cannot walk.
+    prompt: text, in symbols of the model's vocabulary. corpus: a text to look at, instead of the run's own data: a file
+    or what `text.documents` reads, cut in pieces of `length` tokens (`text.cut`). A foreign checkpoint has no data
+    otherwise. Of a run, data that is gone, or a step 0 that cannot be read, costs what needs it and no more: `missing`
+    says why. Raises CheckpointError for what cannot be read, ValueError for a prompt that the vocabulary cannot encode
+    or the model cannot walk, ConfigError (CorpusError) for a corpus or a length that cannot be used.
     """
+    if length is not None and corpus is None:
+        raise ConfigError(f"length: expected a text that is cut in pieces so long, got {length} and none.")
+    if pretrained.is_foreign(source):
+        subject = _foreign(source, step)
+    else:
+        subject = _of_run(source, step, own_data=corpus is None)
+    model, vocabulary = subject.model, subject.vocabulary
+    if corpus is not None:
+        if vocabulary is None:
+            raise ConfigError(f"text: expected a model with its tokenizer, got {source}, which has none.")
+        store = text.cut(corpus, vocabulary, model.max_length, length)
+        missing = {what: why for what, why in subject.missing.items() if what != "store"}
+        remarks = {**subject.remarks, "text": corpus}
+        subject = dataclasses.replace(subject, store=store, pieces=True, missing=missing, remarks=remarks)
+    if prompt is not None:
+        subject = dataclasses.replace(subject, prompt=_encoded(prompt, model, vocabulary))
+    return subject
+
+
+def _encoded(prompt: str, model: Transformer, vocabulary: Any) -> Int[np.ndarray, " P"]:
+    """The begin-of-path token, if there is one, and the prompt. Where there is no vocabulary it is given as ids."""
+    if vocabulary is None:
+        try:
+            tokens = np.array([int(word) for word in prompt.replace(",", " ").split()])
+        except ValueError as error:
+            raise ValueError(
+                f"prompt: expected token ids, as the model came without a tokenizer, got {prompt!r}."
+            ) from error
+    else:
+        tokens = np.asarray(vocabulary.encode(prompt))
+        if vocabulary.begin is not None:
+            tokens = np.concatenate([[vocabulary.begin], tokens])
+    return np.asarray(check_tokens(model, tokens))
+
+
+def _foreign(source: str | os.PathLike[str], step: int | str) -> Subject:
+    model, vocabulary = pretrained.load(source, step=step)  # type: ignore[arg-type]
+    fresh = init(pretrained.config_of(source), jax.random.key(0))
+    return Subject(
+        model=plain(model),
+        vocabulary=vocabulary,
+        untrained=plain(fresh),
+        name=(Path(source).stem if Path(source).is_file() else Path(source).resolve().name) or "model",
+        missing={"store": "a pretrained model comes without its data: give a text, with --text"},
+        remarks={"untrained model": "a fresh one of this architecture, initialised by jaxwalk: there is no step 0"},
+    )
+
+
+def _of_run(folder: str | os.PathLike[str], step: int | Literal["latest", "best"], own_data: bool) -> Subject:
     run = checkpoint.Run(folder)
     model = plain(run.model(step))
-    tokens = None
-    if prompt is not None:
-        tokens = np.asarray(run.vocabulary.encode(prompt))
-        if run.vocabulary.begin is not None:
-            tokens = np.concatenate([[run.vocabulary.begin], tokens])
-        tokens = np.asarray(check_tokens(model, tokens))
     missing: dict[str, str] = {}
     store = untrained = None
-    try:
-        store = run.store
-    except (text.CorpusError, text.StoreError, ImportError) as error:
-        missing["store"] = str(error)
+    if own_data:
+        try:
+            store = run.store
+        except (text.CorpusError, text.StoreError, ImportError) as error:
+            missing["store"] = str(error)
     if 0 in run.steps:
         try:
             untrained = plain(run.model(0))
@@ -140,9 +216,8 @@ def open_subject(
         model=model,
         vocabulary=run.vocabulary,
         untrained=untrained,
-        world=run.world,
+        world=run.world if own_data else None,
         store=store,
-        prompt=tokens,
         step=run.resolve(step),
         series=run.steps,
         load_step=run.model,

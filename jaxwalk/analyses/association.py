@@ -43,12 +43,16 @@ FIXED = ("causal_mean", "corpus_mean")
 FLOATS = 1 << 23
 """How many numbers of mixing matrices and of laws a batch may hold."""
 
+WORK = 1e13
+"""Floating-point operations that replacing single layers may take, roughly, as long as there are eight paths."""
+
 
 def analyse(subject: Subject, *, paths: int = 256, per_layer: int = 64, length: int = 256) -> Finding:
     """What the loss becomes when the mixing matrices of the model are replaced, in each layer and in all.
 
     paths: held-out paths that are walked with all layers replaced; as many others give the mean pattern, and choose the
-    fixed A. per_layer: on how many of them single layers are replaced. length: the most tokens of a path.
+    fixed A. per_layer: on how many of them single layers are replaced, fewer where a model is large. length: the most
+    tokens of a path.
     """
     check_data(subject)
     model, L = subject.model, subject.model.depth
@@ -57,8 +61,11 @@ def analyse(subject: Subject, *, paths: int = 256, per_layer: int = 64, length: 
     rows = held_out_paths(subject, 2 * paths)[:, : length + 1]
     if rows.shape[1] < 3:
         raise NotApplicable("paths have two tokens, over which nothing can be mixed")
+    paths = min(paths, len(rows) // 2)
     others, own = rows[:paths], rows[paths:]
-    sample = min(per_layer, paths)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(model.layers))
+    each = 2.0 * weights * (rows.shape[1] - 1) * L * len(RUNGS)
+    sample = min(per_layer, paths, max(8, int(WORK / each)))
 
     ladders = {"": _ladder(model, others, own, sample, subject.seed)}
     if not np.isfinite(ladders[""].losses["own"]).all():

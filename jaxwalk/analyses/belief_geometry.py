@@ -54,7 +54,7 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561, light: b
     models = {"": subject.model}
     if subject.untrained is not None and not light:
         models["untrained_"] = subject.untrained
-    S, T, D = 2 * subject.model.depth + 1, subject.model.max_length, subject.model.width
+    S, T, D = 2 * subject.model.depth + 1, subject.length, subject.model.width
     together = S * D <= WIDEST
 
     tokens = subject.paths(paths)
@@ -409,7 +409,7 @@ def _picture(
     points: int,
 ) -> tuple[tuple[Series, ...], dict[str, np.ndarray], tuple[str, str, str]]:
     """Panels, their arrays, and (label of x, label of y, convention): one point a word, coloured by its belief."""
-    world, T = subject.world, subject.model.max_length
+    world, T = subject.world, subject.length
     V = world.vocab_size
     depth = max(d for d in range(1, T + 1) if d == 1 or V**d <= points)
     words = np.stack(np.unravel_index(np.arange(V**depth), (V,) * depth), axis=1)

@@ -60,9 +60,9 @@ def analyse(
     last = 2 * model.depth
     if model.depth == 0:
         raise NotApplicable("the model has no layers, and so no walk that could move a cloud")
-    if model.max_length < 2:
+    if subject.length < 2:
         raise NotApplicable("paths have one token, and position 0 is no evidence")
-    at = check_position(position, model.max_length)
+    at = check_position(position, subject.length)
     every = check_stations(stations, last)
     if subject.world is None and subject.store is None:
         raise NotApplicable(f"it needs paths, a world or a store of text: {subject.no_data}")

@@ -64,7 +64,7 @@ def analyse(
     are made of, that are measured, the most frequent ones. smoothing: added to the occurrences of a pair and to
     those expected, so that PMI of rare pairs is near 0. Raises ConfigError for options out of range.
     """
-    model, V = subject.model, subject.model.vocab_size
+    V = subject.model.vocab_size
     for option, value in {"window": window, "least": least}.items():
         if value < 1:
             raise ConfigError(f"{option}: expected at least 1, got {value}.")
@@ -74,7 +74,7 @@ def analyse(
         )
     if subject.world is None and subject.store is None:
         raise NotApplicable(f"it needs paths in which tokens co-occur: {subject.no_data}")
-    T = model.max_length
+    T = subject.length
     if T < 2:
         raise NotApplicable("paths have one token, and no pairs")
     if V < FEWEST_TOKENS:

@@ -486,7 +486,7 @@ def _dealt(
 
 def _frequencies(subject: Subject) -> Int[np.ndarray, " V"] | None:
     """How often each token occurs in the data that the model is trained on; None where there is no data."""
-    T, V = subject.model.max_length, subject.model.vocab_size
+    T, V = subject.length, subject.model.vocab_size
     if subject.world is not None:
         key = jax.random.fold_in(jax.random.key(subject.seed), 0xF4E9)
         tokens = np.asarray(subject.world.sample(key, max(64, COUNTED // 4 // T), T)).ravel()

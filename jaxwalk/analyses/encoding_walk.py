@@ -53,7 +53,7 @@ def analyse(
     S = len(every)
     if S < 2:
         raise NotApplicable(f"the walk has {S} stations, and so no step, in a model of {model.depth} layers")
-    if model.max_length < 2:
+    if subject.length < 2:
         raise NotApplicable("paths have one token, and position 0 is no evidence")
     if subject.world is None and subject.store is None:
         raise NotApplicable("it needs paths: a world, or a store of text")

@@ -63,9 +63,9 @@ def analyse(
         raise ValueError(f"rank: expected from 1 to {model.width} (the width), or None for all, got {rank}.")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold: expected a share between 0 and 1, got {threshold}.")
-    if model.max_length < 2:
+    if subject.length < 2:
         raise NotApplicable("paths have one token, and position 0 is no evidence")
-    at = check_position(position, model.max_length)
+    at = check_position(position, subject.length)
     every = np.arange(2 * model.depth + 1)[:: 1 if stations == "steps" else 2][0 if embedding else 1 :]
     if len(every) < 3:
         raise NotApplicable(

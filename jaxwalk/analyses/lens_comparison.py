@@ -49,13 +49,14 @@ def analyse(
     model, S = subject.model, 2 * subject.model.depth + 1
     if S < 2:
         raise NotApplicable("the model has no layers, and so one station only, which every lens reads alike")
-    T = min(length, model.max_length)
+    T = min(length, subject.length)
     if T < 2:
         raise NotApplicable("paths have one token, and position 0 is no evidence")
     if subject.world is None and subject.store is None:
         raise NotApplicable(f"it needs paths: {subject.no_data}")
     paths = max(8, min(paths, PLACES // (2 * S * (T - 1) * model.width)))
     tokens = subject.paths(2 * paths, T)
+    paths = min(paths, len(tokens) // 2)
     fitted, others = tokens[:paths], tokens[paths:]
     weights = sum(leaf.size for leaf in jax.tree.leaves(model.layers))
     jacobians = min(jacobians, paths, int(WORK / (6.0 * weights * T * model.width)))

@@ -7,17 +7,18 @@ underscore. What could be loaded wrongly is refused.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxwalk import checkpoint
 from jaxwalk.checkpoint import CheckpointError
-from jaxwalk.config import ConfigError
+from jaxwalk.config import ConfigError, ModelConfig
 from jaxwalk.pretrained._export import export
-from jaxwalk.pretrained._family import assemble, families, family_of, read_config
+from jaxwalk.pretrained._family import Family, Store, assemble, families, family_of, read_config
 from jaxwalk.pretrained._gguf import GGUFFile, GGUFTensors
 from jaxwalk.pretrained._hub import download, is_repository
 from jaxwalk.pretrained._safetensors import PICKLED, Safetensors, files_of, refusal
@@ -25,7 +26,7 @@ from jaxwalk.pretrained._tokenizer import of_folder, of_gguf
 from jaxwalk.text import Vocabulary
 from jaxwalk.transformer import Transformer
 
-__all__ = ["export", "load", "names"]
+__all__ = ["config_of", "export", "is_foreign", "load", "names"]
 
 _WEIGHTS = (".safetensors", ".gguf", *PICKLED)
 
@@ -61,21 +62,62 @@ def load(
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ConfigError(f"dtype: expected a floating-point one, got {dtype}. Parameters are real numbers.")
+    if _is_run(source, revision):
+        return checkpoint.load(source, dtype, mesh, step=step)
+    if step != "latest":
+        raise ConfigError(f"step: expected a run's folder to take it from, got {source}. Leave it out.")
+    found = _opened(source, revision)
+    model = assemble(found.family, found.config, found.tensors(), dtype, mesh, found.place)
+    return model, found.vocabulary()
+
+
+def config_of(source: str | os.PathLike[str], *, revision: str | None = None) -> ModelConfig:
+    """The model that `load` makes of a foreign `source`, without its parameters: to initialise one like it, say.
+
+    Raises as `load` does, and ConfigError for a run's folder, which has its config in `checkpoint.Run`.
+    """
+    if _is_run(source, revision):
+        raise ConfigError(f"source: expected a pretrained model, got {source}. See jaxwalk.checkpoint.Run for runs.")
+    return _opened(source, revision).config
+
+
+def is_foreign(source: str | os.PathLike[str]) -> bool:
+    """Whether `load` takes this for a foreign checkpoint, and not for a run's folder or a step of one."""
+    return not _is_run(source, None)
+
+
+class _Opened(NamedTuple):
+    """A checkpoint whose tensors are not read yet. place: what errors name."""
+
+    family: Family
+    config: ModelConfig
+    tensors: Callable[[], Store]
+    vocabulary: Callable[[], Vocabulary | None]
+    place: Path
+
+
+def _is_run(source: str | os.PathLike[str], revision: str | None) -> bool:
     path = Path(source)
-    on_hub = not path.exists() and is_repository(source) and path.suffix not in _WEIGHTS
+    on_hub = _on_hub(source)
     if revision is not None and not on_hub:
         raise ConfigError(f"revision: expected a repository on the hub to take it from, got {path}.")
-    if not on_hub and not path.is_file() and not _is_foreign(path):
-        return checkpoint.load(path, dtype, mesh, step=step)
-    if step != "latest":
-        raise ConfigError(f"step: expected a run's folder to take it from, got {path}. Leave it out.")
-    if on_hub:
-        return _load_folder(download(str(source), revision), dtype, mesh)
+    return not on_hub and not path.is_file() and not _is_foreign(path)
+
+
+def _on_hub(source: str | os.PathLike[str]) -> bool:
+    path = Path(source)
+    return not path.exists() and is_repository(source) and path.suffix not in _WEIGHTS
+
+
+def _opened(source: str | os.PathLike[str], revision: str | None) -> _Opened:
+    path = Path(source)
+    if _on_hub(source):
+        return _opened_folder(download(str(source), revision))
     if path.is_file():
-        return _load_file(path, dtype, mesh)
+        return _opened_file(path)
     if not (path / "config.json").is_file():
-        return _load_file(next(path.glob("*.gguf")), dtype, mesh)
-    return _load_folder(path, dtype, mesh)
+        return _opened_file(next(path.glob("*.gguf")))
+    return _opened_folder(path)
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -97,12 +139,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     return given
 
 
-def _load_file(path: Path, dtype: Any, mesh: Mesh | None) -> tuple[Transformer, Vocabulary | None]:
+def _opened_file(path: Path) -> _Opened:
     if path.suffix == ".gguf":
         file = GGUFFile(path)
         family, config = file.model()
-        model = assemble(family, config, GGUFTensors(file, family, config), dtype, mesh, path)
-        return model, of_gguf(file.metadata, config.vocab_size)
+        return _Opened(
+            family,
+            config,
+            lambda: GGUFTensors(file, family, config),
+            lambda: of_gguf(file.metadata, config.vocab_size),
+            path,
+        )
     if path.suffix != ".safetensors":
         raise CheckpointError(
             refusal(path) if path.suffix in PICKLED else f"{path}: expected a .safetensors or .gguf file, or a folder."
@@ -111,18 +158,20 @@ def _load_file(path: Path, dtype: Any, mesh: Mesh | None) -> tuple[Transformer, 
         raise CheckpointError(
             f"{path}: expected config.json beside it, which says what its tensors are; there is none."
         )
-    return _load_folder(path.parent, dtype, mesh, path)
+    return _opened_folder(path.parent, path)
 
 
-def _load_folder(
-    folder: Path, dtype: Any, mesh: Mesh | None, file: Path | None = None
-) -> tuple[Transformer, Vocabulary | None]:
+def _opened_folder(folder: Path, file: Path | None = None) -> _Opened:
     given = _read_json(folder / "config.json")
     try:
         family = family_of(given.get("model_type"))
         config = read_config(family, given)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    store = Safetensors([file] if file is not None else files_of(folder))
-    model = assemble(family, config, store, dtype, mesh, file or folder)
-    return model, of_folder(folder, given, config.vocab_size)
+    return _Opened(
+        family,
+        config,
+        lambda: Safetensors([file] if file is not None else files_of(folder)),
+        lambda: of_folder(folder, given, config.vocab_size),
+        file or folder,
+    )

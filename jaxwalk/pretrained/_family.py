@@ -12,7 +12,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from types import EllipsisType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -181,6 +181,7 @@ class Family(NamedTuple):
     gguf: GGUF | None = None
 
 
+@runtime_checkable
 class Store(Protocol):
     """Tensors on disk."""
 
