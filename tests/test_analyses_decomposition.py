@@ -75,5 +75,5 @@ def test_what_it_makes_no_sense_for():
     with pytest.raises(NotApplicable, match="it needs the data"):
         decomposition.analyse(dataclasses.replace(subject_of(), world=None))
     broken = dataclasses.replace(subject_of(untrained=False), model=model_of(np.nan, vocab_size=3, max_length=8))
-    with pytest.raises(NotApplicable, match="it is exact or it is nothing|finite"):
+    with pytest.raises(NotApplicable, match=r"it is exact or it is nothing|finite"):
         decomposition.analyse(broken, **SMALL)

@@ -14,6 +14,8 @@ import pytest
 import jaxwalk as jw
 from jaxwalk import training
 from jaxwalk.analyses import Finding
+from jaxwalk.config import MLPConfig
+from tests.conftest import model_of
 from tests.test_report import Elements
 from tests.test_training import small
 
@@ -139,6 +141,59 @@ def test_a_folder_without_a_run(tmp_path):
     done = analyze(tmp_path)
     assert done.returncode == 1
     assert "expected a run's folder" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """A folder as Hugging Face's transformers writes it, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("pretrained") / "tiny"
+    model = model_of(vocab_size=257, max_length=32, filter=MLPConfig(24, "gelu_tanh"), tied=True)
+    jw.export(model, folder, jw.text.ByteVocabulary())
+    return folder
+
+
+def test_a_pretrained_model_with_a_prompt_and_a_text(pretrained, tmp_path, monkeypatch):
+    text = tmp_path / "notes.md"
+    text.write_text("the walk of a path through embedding space begins at one token vector, and goes on. " * 40)
+    monkeypatch.chdir(tmp_path)
+    done = analyze(pretrained, "--only", "encoding_walk,prompt,training_walk", "--prompt", "the", "--text", text)
+    assert done.returncode == 0, done.stderr
+    assert "training_walk: " in done.stdout  # a single model has no series, which costs itself only
+    written = tmp_path / "analysis" / "tiny"
+    assert not (pretrained / "analysis").exists()
+    walk, prompt = json.loads((written / "findings.json").read_text())
+    assert (walk["name"], prompt["name"]) == ("encoding_walk", "prompt")
+    assert "lens_kl.untrained" in walk["null"]
+    page = (written / "report.html").read_text("utf-8")
+    for said in ("cut in pieces of 32 tokens", "there is no step 0", "notes.md"):
+        assert said in page
+
+    done = analyze(pretrained, "--only", "encoding_walk", "--out", tmp_path / "none")
+    assert done.returncode == 1
+    assert "give a text, with --text" in " ".join(done.stdout.split())
+
+
+def test_a_text_in_place_of_a_runs_own_data(run, tmp_path):
+    (tmp_path / "a.txt").write_text("0 1 0 " * 50)
+    done = analyze(run, "--text", tmp_path / "a.txt")
+    assert done.returncode == 1
+    assert "symbols of a world" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "missing.txt"], "no such file"),
+        (["--length", "16"], "length: expected a text"),
+        (["--step", "3"], "step: expected a run's folder"),
+        (["--prompt", "a" * 40], "at most"),
+    ],
+)
+def test_bad_input_for_a_pretrained_model(pretrained, arguments, message):
+    done = analyze(pretrained, *arguments)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("script", ["train.py", "analyze.py"])

@@ -143,6 +143,19 @@ def test_the_cuts_agree(name, x64):
 
 
 @each
+def test_parts_along_directions_are_the_parts_dotted_with_them(name, x64):
+    model = model64(name)
+    along = np.random.default_rng(0).normal(size=(2, D))
+    for station in (None, min(3, 2 * model.depth)):
+        parts = d.decompose(model, TOKENS, 5, station=station)
+        read = d.decompose(model, TOKENS, 5, station=station, along=jnp.asarray(along))
+        for field in ("by_token", "by_position", "bias", "whole"):
+            expected = np.asarray(getattr(parts, field)) @ along.T
+            np.testing.assert_allclose(getattr(read, field), expected, rtol=1e-10, atol=1e-12, err_msg=field)
+        assert read.error <= 1e-12
+
+
+@each
 def test_the_parts_are_slopes_of_the_walk_with_its_coefficients_frozen(name, x64):
     """By values alone: the model written out in numpy, every coefficient a number of its own walk, and differences."""
     model = model64(name)

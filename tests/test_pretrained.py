@@ -1,6 +1,8 @@
 """Pretrained models: formats, tokenizers, refusals and export, without other libraries' models."""
 
+import itertools
 import json
+import random
 import struct
 
 import jax
@@ -672,6 +674,54 @@ def test_every_pretokenizer_is_lossless(kind):
     for text in (*phrases, "I'LL 1234567\r\n\r\n  x", "日本語 ½ ٣"):
         assert vocabulary.decode(vocabulary.encode(text)) == text
         assert len(vocabulary.encode(text)) == len(text.encode())
+
+
+def sentencepiece(text, tokens, scores):
+    """SentencePiece's own algorithm: of all neighbours that make a token, join those with the best score, leftmost."""
+    pieces = list(text)
+    score = dict(zip(tokens, scores, strict=True))
+    while True:
+        joined = [(-score[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in score]
+        if not joined:
+            return pieces
+        _, i = min(joined)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+
+def test_sentencepiece_in_a_gguf():
+    """Its pairs have scores in place of an order of merges; characters without a token are bytes."""
+    chance = random.Random(0)
+    words = [w.replace(" ", "\u2581") for w in ("ab", "abc", "bc", "bcd", " a", " ab", "cd", "  ", "    ", " d", "da")]
+    normal = [*"abcd\u2581", *words]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "<x>", *normal]
+    types = [2, 3, 3, *[6] * 256, 4, *[1] * len(normal)]
+    scores = [0.0] * 260 + [-float(i) for i in chance.sample(range(len(normal)), len(normal))]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    vocabulary = _tokenizer.of_gguf(metadata, len(tokens))
+    named = lambda v, text: [tokens[t] for t in v.encode(text)]
+    assert vocabulary.begin == 1
+    for _ in range(200):
+        text = "".join(chance.choice("abcd ") for _ in range(chance.randrange(1, 24)))
+        expected = sentencepiece("\u2581" + text.replace(" ", "\u2581"), normal, scores[260:])
+        assert named(vocabulary, text) == expected
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert named(vocabulary, "é")[1:] == ["<0xC3>", "<0xA9>"]
+    assert vocabulary.decode(vocabulary.encode("aé日 🦜b")) == "aé日 🦜b"
+    assert "<x>" in named(vocabulary, "ab<x>ab")
+    assert vocabulary.symbol(tokens.index("<0x0A>")) != ""
+    gemma = _tokenizer.of_gguf(metadata | {"tokenizer.ggml.add_space_prefix": False}, len(tokens))
+    assert named(gemma, "ab ab") == sentencepiece("ab\u2581ab", normal, scores[260:])
+    assert gemma.decode(gemma.encode(" ab")) == " ab"
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.scores: expected one for each of"):
+        _tokenizer.of_gguf(metadata | {"tokenizer.ggml.scores": None}, len(tokens))
 
 
 def test_a_tokenizer_of_a_kind_that_is_not_known_is_none(tmp_path):

@@ -714,3 +714,68 @@ def test_a_missing_extra_names_the_remedy(monkeypatch):
     assert again.decode([0, again.begin]) == "!"
     with pytest.raises(ImportError, match="tokenizers"):
         again.encode("a")
+
+
+def cut_text(n_words, seed=0):
+    return " ".join(random.Random(seed).choices(WORDS, k=n_words))
+
+
+def test_pieces_of_a_text_that_is_looked_at(tmp_path):
+    """Every token is in one piece, every piece is of one document and begins with the begin-of-path token."""
+    file = tmp_path / "notes.md"
+    file.write_text(cut_text(4000))
+    vocabulary = text.ByteVocabulary()
+    store = text.cut(str(file), vocabulary, longest=100)
+    sides = [side.tokens.reshape(len(side.starts), -1) for side in (store.validation, store.train)]
+    assert all(side.shape[1] == 65 for side in sides)  # the longest of the lengths that the model walks
+    assert all((side[:, 0] == vocabulary.begin).all() for side in sides)
+    assert len(sides[0]) == pytest.approx(3 * len(sides[1]), abs=3)
+    pieces = [vocabulary.decode(row) for side in sides for row in side]
+    whole = file.read_text()
+    assert sorted(pieces) == sorted(whole[i : i + 64] for i in range(0, len(whole) - 63, 64))
+    assert store.bytes_per_token() == 1
+    again = text.cut(str(file), vocabulary, longest=100)
+    np.testing.assert_array_equal(again.validation.tokens, store.validation.tokens)
+    # Fewer tokens make shorter pieces, down to the shortest; a length may be asked for.
+    file.write_text(cut_text(400))
+    lengths = [len(text.cut(str(file), vocabulary, 1000, length).validation.document(0)) - 1 for length in (None, 40)]
+    assert lengths == [32 if len(file.read_text()) * 3 / 4 >= 64 * 32 else 16, 40]
+
+
+def test_pieces_lie_in_one_document_each(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(str(i) * 200)
+    store = text.cut(str(tmp_path), text.ByteVocabulary(), 64, 16)
+    for side in (store.validation, store.train):
+        for row in side.tokens.reshape(len(side.starts), -1):
+            assert len(set(row[1:].tolist())) == 1
+
+
+def test_pieces_without_a_begin_of_path_token(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text(cut_text(4000))
+    trained = text.BPEVocabulary.train([file.read_text()], 300)
+    vocabulary = text.TokenizerVocabulary(trained.tokenizer, None, 300)
+    store = text.cut(str(file), vocabulary, 64, 32)
+    rows = store.validation.tokens.reshape(-1, 33)
+    per_token = np.array([len(vocabulary.spellings[t]) for t in rows[:, 1:].ravel()])  # the first is given
+    assert store.bytes_per_token() == pytest.approx(per_token.mean())
+
+
+@pytest.mark.parametrize(
+    ("length", "content", "message"),
+    [
+        (1, "x" * 900, "length: expected from 2 to 64"),
+        (65, "x" * 900, "length: expected from 2 to 64"),
+        (None, "x" * 90, "expected at least 10 pieces of 16 tokens, of which one in 4 is for nulls, got 5"),
+        (None, "", "got 0"),
+    ],
+)
+def test_texts_that_cannot_be_cut(length, content, message, tmp_path):
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        text.cut(str(tmp_path / "a.txt"), text.ByteVocabulary(), 64, length)
+    with pytest.raises(ConfigError, match="symbols of a world"):
+        text.cut(str(tmp_path / "a.txt"), text.SymbolVocabulary(("a", "b")), 64)
+    with pytest.raises(ConfigError, match="no such file"):
+        text.cut(str(tmp_path / "b.txt"), text.ByteVocabulary(), 64)

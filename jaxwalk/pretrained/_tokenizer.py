@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ _PRETOKENIZERS: Mapping[str, dict[str, Any]] = {
 }
 _NORMALIZERS = {"qwen2": {"type": "NFC"}}
 _WHOLE_WORDS = ("llama-bpe", "llama3")  # a word that is a token is that token, whatever its pairs would merge to
-_CONTROL, _USER = 3, 4  # types of tokens that are read out of a text by their names
+_NORMAL, _CONTROL, _USER = 1, 3, 4  # types of tokens; the last two are read out of a text by their names
 
 
 def of_gguf(metadata: Mapping[str, Any], size: int) -> TokenizerVocabulary | None:
@@ -76,10 +76,11 @@ def of_gguf(metadata: Mapping[str, Any], size: int) -> TokenizerVocabulary | Non
     kind, pre = metadata.get("tokenizer.ggml.model"), str(metadata.get("tokenizer.ggml.pre"))
     if kind is None or "tokenizer.ggml.tokens" not in metadata:
         return None
-    if kind != "gpt2" or pre not in _PRETOKENIZERS:
+    if kind != "llama" and (kind != "gpt2" or pre not in _PRETOKENIZERS):
         warnings.warn(
             f"its tokenizer is of a kind that is not known here (model {kind!r}, pre-tokenizer {pre!r}; known: model "
-            f"'gpt2' with {', '.join(sorted(_PRETOKENIZERS))}). The vocabulary is None; token ids still work.",
+            f"'llama', and model 'gpt2' with {', '.join(sorted(_PRETOKENIZERS))}). The vocabulary is None; token ids "
+            "still work.",
             stacklevel=3,
         )
         return None
@@ -98,14 +99,24 @@ def of_gguf(metadata: Mapping[str, Any], size: int) -> TokenizerVocabulary | Non
         for i, (token, kind_of) in enumerate(zip(tokens, types, strict=True))
         if kind_of in (_CONTROL, _USER)
     ]
+    made = _sentencepiece(metadata, tokens, types) if kind == "llama" else _byte_pairs(metadata, tokens, pre)
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
+        "post_processor": None,
+        **made,
+    }
+    begin = metadata.get("tokenizer.ggml.bos_token_id")
+    return TokenizerVocabulary(json.dumps(tokenizer, ensure_ascii=False), begin, size)
+
+
+def _byte_pairs(metadata: Mapping[str, Any], tokens: Sequence[str], pre: str) -> dict[str, Any]:
+    """Byte-level pairs, merged in the order of the list of merges."""
+    return {
         "normalizer": _NORMALIZERS.get(pre),
         "pre_tokenizer": _PRETOKENIZERS[pre],
-        "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -114,5 +125,51 @@ def of_gguf(metadata: Mapping[str, Any], size: int) -> TokenizerVocabulary | Non
             "merges": [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]],
         },
     }
-    begin = metadata.get("tokenizer.ggml.bos_token_id")
-    return TokenizerVocabulary(json.dumps(tokenizer, ensure_ascii=False), begin, size)
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
+    """SentencePiece's pairs: any two neighbours that make a token are merged, those of the highest score first.
+
+    Text is not split into words before, spaces are "\u2581", and characters without a token are bytes.
+    """
+    prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise CheckpointError(
+            f"tokenizer.ggml.scores: expected one for each of {len(tokens)} tokens, got "
+            f"{'none' if scores is None else len(scores)}. Without them pairs have no order."
+        )
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merged = {i for i, kind in enumerate(types) if kind in (_NORMAL, _USER)}
+    ordered = sorted((i for i in merged if len(tokens[i]) > 1), key=lambda i: (-scores[i], i))
+    merges = [
+        [left, right]
+        for i in ordered
+        for left, right in ((tokens[i][:cut], tokens[i][cut:]) for cut in range(1, len(tokens[i])))
+        if vocabulary.get(left) in merged and vocabulary.get(right) in merged
+    ]
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    prepended = [{"type": "Prepend", "prepend": "\u2581"}] if prefixed else []
+    stripped = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prepended, spaces]},
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *stripped,
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": None if unknown is None else tokens[unknown],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
