@@ -187,9 +187,25 @@ def test_unknown_keys_are_named_all_at_once(exported):
 @pytest.mark.parametrize(
     ("shape", "changes", "expected"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3', which is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3': low_freq_factor: expected a"),
+        ("llama", {"rope_parameters": {"rope_type": "strange"}}, "unknown rope_type 'strange'"),
         ("llama", {"rope_parameters": {"rope_theta": 9.0}}, "rope_theta: expected one value"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear', which is not supported"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type: expected one value, got 'linear' and",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor: expected at least 1"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "alpha": 2.0}}, "not known: alpha = 2.0"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, got 0.5"),
+        (
+            "llama",
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2},
+            "sliding_window: expected a value",
+        ),
+        ("llama", {"model_type": "qwen2", "layer_types": ["chunked_attention"]}, "layer_types: expected 'sliding_att"),
+        ("llama", {"model_type": "gemma3", "rope_parameters": {"rope_theta": 1.0}}, "expected full_attention and slid"),
+        ("llama", {"model_type": "gemma3", "text_config": {"hidden_size": 3}}, "hidden_size: expected one value"),
         ("llama", {"hidden_act": "gelu", "add_cross_attention": True}, "add_cross_attention: .*hidden_act: "),
         ("llama", {"hidden_size": None, "vocab_size": None}, "vocab_size: expected a value.*hidden_size: expected a"),
         ("llama", {"num_key_value_heads": 3}, "kv_heads: expected a divisor"),
@@ -614,8 +630,9 @@ def test_gguf_in_a_folder_and_narrow(tmp_path):
     [
         ({"metadata": {"expert_count": 8}}, "expert_count: expected 0, got 8"),
         ({"metadata": {"rope.dimension_count": 32}}, "rope.dimension_count: expected 64, got 32"),
-        ({"metadata": {"rope.scaling.type": "yarn", "odd": 1}}, "rope.scaling.type: .*not known: odd = 1"),
-        ({"extra": ["rope_freqs.weight"]}, r"not known: rope_freqs\.weight"),
+        ({"metadata": {"rope.scaling.type": "odd", "odd": 1}}, "rope.scaling.type: .*not known: odd = 1"),
+        ({"extra": ["rope_freqs.weight"]}, "factors: expected positive numbers"),
+        ({"extra": ["rope_factors_long.weight"]}, r"not known: rope_factors_long\.weight"),
         ({"dropped": ["blk.0.attn_q.weight"]}, r"missing: model\.layers\.0\.self_attn\.q_proj\.weight"),
     ],
 )
