@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
+from jaxwalk.pretrained import _safetensors
 from jaxwalk.pretrained._family import families
 
 torch = pytest.importorskip("torch")
@@ -322,6 +324,21 @@ def test_sharded_and_narrow(pair, tmp_path):
         copy.deepcopy(theirs).to(dtype).save_pretrained(folder)
         wide = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         compare(wide, jw.load(folder)[0], tokens(6))
+
+
+@pytest.mark.parametrize("layout", ["language_model.model.", "model.language_model."])
+def test_models_that_read_images_in_every_layout(layout, tmp_path):
+    kind, choices = CASES["gemma3"]
+    randomised(getattr(transformers, kind)(**choices)).save_pretrained(tmp_path)
+    ours = jw.load(tmp_path)[0]
+    file = tmp_path / "model.safetensors"
+    store = _safetensors.Safetensors([file])
+    tensors = {name: np.array(store.read(name)) for name in store.shapes}
+    assert any(name.startswith("vision_tower.") for name in tensors)
+    moved = {re.sub(r"^(language_model\.model|model\.language_model)\.", layout, n): a for n, a in tensors.items()}
+    _safetensors.write(file, moved)
+    for a, b in zip(jax.tree.leaves(jw.load(tmp_path)[0]), jax.tree.leaves(ours), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # GGUF, as llama.cpp's convert_hf_to_gguf.py writes it: what it can say about each family.

@@ -1,6 +1,7 @@
 """Pretrained models: formats, tokenizers, refusals and export, without other libraries' models."""
 
 import json
+import math
 import struct
 
 import jax
@@ -11,8 +12,10 @@ import pytest
 import jaxwalk as jw
 from jaxwalk.aggregates import attention
 from jaxwalk.checkpoint import CheckpointError
-from jaxwalk.config import ConfigError, MLPConfig
+from jaxwalk.config import ConfigError, LongRopeScaling, MLPConfig
 from jaxwalk.pretrained import _hub, _safetensors, _tokenizer
+from jaxwalk.pretrained._family import Keys
+from jaxwalk.pretrained._rope import Rope, rope
 from jaxwalk.text import BPEVocabulary, ByteVocabulary, TokenizerVocabulary, vocabulary_from_dict
 from tests.conftest import model_of
 
@@ -204,6 +207,7 @@ def test_unknown_keys_are_named_all_at_once(exported):
             "sliding_window: expected a value",
         ),
         ("llama", {"model_type": "qwen2", "layer_types": ["chunked_attention"]}, "layer_types: expected 'sliding_att"),
+        ("llama", {"rope_scaling": "yarn"}, "dictionary"),
         ("llama", {"model_type": "gemma3", "rope_parameters": {"rope_theta": 1.0}}, "expected full_attention and slid"),
         ("llama", {"model_type": "gemma3", "text_config": {"hidden_size": 3}}, "hidden_size: expected one value"),
         ("llama", {"hidden_act": "gelu", "add_cross_attention": True}, "add_cross_attention: .*hidden_act: "),
@@ -220,6 +224,31 @@ def test_configs_that_are_refused(shape, changes, expected, tmp_path):
     edit(tmp_path / "model", **changes)
     with pytest.raises(CheckpointError, match=expected):
         jw.load(tmp_path / "model")
+
+
+def test_rotary_positions_in_every_form():
+    sets = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+    original = {"original_max_position_embeddings": 16}
+    new = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 5.0, **sets, **original}}
+    old = {"rope_theta": 5.0, "rope_scaling": {"type": "su", **sets}, **original}
+    # The short factors, and so no longer paths than they are for; the gain is that of the whole length.
+    expected = Rope(5.0, LongRopeScaling((1.0, 2.0), math.sqrt(1.5)), 1.0, 16)
+    for given in (new, old):
+        keys = Keys(given)
+        assert rope(keys, 64) == expected
+        assert keys.finish((), None) == []
+    given = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "partial_rotary_factor": 0.5}
+    assert rope(Keys(given), 64, 7.0, partial=True) == Rope(7.0, None, 0.5, 64)
+
+
+def test_tensors_by_two_names_are_refused(tmp_path):
+    jw.export(exportable("llama"), tmp_path)
+    edit(tmp_path, model_type="gemma3_text", rope_parameters=None, mlp_bias=None)
+    tensors = tensors_of(tmp_path)
+    tensors["language_model.model.norm.weight"] = tensors["model.norm.weight"]
+    _safetensors.write(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"by another name too: (language_model\.)?model\.norm\.weight"):
+        jw.load(tmp_path)
 
 
 def test_a_family_that_is_not_here(exported):

@@ -33,8 +33,9 @@ HARMLESS: Mapping[str, str] = {
     **dict.fromkeys(("unsloth_fixed", "unsloth_version", "is_llama_config"), "a remark"),
     **dict.fromkeys(("torch_dtype", "dtype", "use_bfloat16"), "the tensors have dtypes of their own"),
     **dict.fromkeys(("use_cache", "output_attentions", "output_hidden_states", "torchscript"), _PYTHON),
+    **dict.fromkeys(("gradient_checkpointing", "cache_implementation"), _PYTHON),
     **dict.fromkeys(
-        ("return_dict", "chunk_size_feed_forward", "_attn_implementation", "gradient_checkpointing"), _PYTHON
+        ("return_dict", "chunk_size_feed_forward", "_attn_implementation", "_attn_implementation_autoset"), _PYTHON
     ),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id"), "ids are data"),
     **dict.fromkeys(("tokenizer_class", "prefix"), "the tokenizer has a file of its own"),
@@ -99,7 +100,7 @@ class Keys:
 
     def open(self, name: str) -> None:
         """Make the keys of a part of the config keys of its own, where it has such a part."""
-        part = self(name, {})
+        part = dict(self(name, {}))
         for key, value in part.items():
             if key not in HARMLESS and self.given.get(key, value) != value:
                 self.problems.append(f"{key}: expected one value, got {self.given[key]!r} and {value!r} in {name}")
@@ -216,12 +217,14 @@ class Store(Protocol):
 class _Renamed:
     """A store by other names of its tensors."""
 
-    def __init__(self, store: Store, renamed: Mapping[str, str]) -> None:
+    def __init__(self, store: Store, renamed: Mapping[str, str], source: object) -> None:
         def name_of(name: str) -> str:
             return functools.reduce(lambda n, pattern: re.sub(pattern, renamed[pattern], n), renamed, name)
 
         self._store = store
         self._names = {name_of(name): name for name in store.shapes}
+        if twice := set(store.shapes) - set(self._names.values()):
+            raise CheckpointError(f"{source}: tensors that are there by another name too: {', '.join(sorted(twice))}.")
         self.shapes = {ours: store.shapes[theirs] for ours, theirs in self._names.items()}
         self.refused = {ours: store.refused[t] for ours, t in self._names.items() if t in store.refused}
         self.release = store.release
@@ -343,7 +346,7 @@ def assemble(
     Raises CheckpointError that names all tensors which are missing, not known, misshapen, or of another dtype.
     """
     plan = parameters(family, config)
-    store = _Renamed(store, family.renamed) if family.renamed else store
+    store = _Renamed(store, family.renamed, source) if family.renamed else store
     headless = family.prefix and not any(name.startswith(family.prefix) for name in store.shapes)
     if headless:
         plan = [p._replace(parts=tuple(_headless(part, family.prefix) for part in p.parts)) for p in plan]

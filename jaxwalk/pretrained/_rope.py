@@ -47,7 +47,7 @@ def rope_of(
     """The same of `places`, dictionaries that must agree. What is wrong with them is among the problems of `keys`."""
     given: dict[str, Any] = {}
     for place in places:
-        for name, value in place.items():
+        for name, value in dict(place).items():
             name = "rope_type" if name == "type" else name
             value = "longrope" if (name, value) == ("rope_type", "su") else value  # as LongRoPE was called at first
             if value is not None and given.setdefault(name, value) != value:

@@ -89,7 +89,7 @@ def undo(name: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 HARMLESS = {
     "hidden_act": "hidden_activation decides",
-    "cache_implementation": "how code of transformers keeps keys and values",
+    "sliding_window_size": "sliding_window decides",
 }
 
 FAMILY = Family(

@@ -30,7 +30,7 @@ def config(keys: Keys) -> ModelConfig:
         keys.expect("final_logit_softcapping", None)  # transformers caps the logits of the text part alone only
     keys.given = {**_DEFAULTS, **keys.given}
     length, period = keys("max_position_embeddings"), keys("sliding_window_pattern", 6)
-    written = keys("rope_parameters", {})
+    written = dict(keys("rope_parameters", {}))
     if extra := written.keys() - {"full_attention", "sliding_attention"}:
         keys.problems.append(f"rope_parameters: expected full_attention and sliding_attention, got {sorted(extra)}")
     full = {"rope_theta": keys("rope_theta", None)}, keys("rope_scaling", {}), written.get("full_attention") or {}

@@ -12,7 +12,8 @@ from jaxwalk.pretrained._rope import rope
 def config(keys: Keys) -> ModelConfig:
     """As Llama, without biases; a window slides in all layers, or in none.
 
-    A model with LongRoPE ends at the length that it was first trained on: `original_max_position_embeddings`.
+    A model with LongRoPE ends at the length that it was first trained on, `original_max_position_embeddings`: beyond it
+    transformers rotates all positions otherwise. With a greater `max_length` put in its place the factors stay.
     """
     for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
         keys.expect(name, False)
