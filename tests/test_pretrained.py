@@ -238,7 +238,7 @@ def test_rotary_positions_in_every_form():
         assert rope(keys, 64) == expected
         assert keys.finish((), None) == []
     given = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "partial_rotary_factor": 0.5}
-    assert rope(Keys(given), 64, 7.0, partial=True) == Rope(7.0, None, 0.5, 64)
+    assert rope(Keys(given), 64, 7.0, share=1.0) == Rope(7.0, None, 0.5, 64)
 
 
 def test_tensors_by_two_names_are_refused(tmp_path):

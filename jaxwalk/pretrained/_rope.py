@@ -30,19 +30,19 @@ class Rope(NamedTuple):
     max_length: int
 
 
-def rope(keys: Keys, length: int, theta: float = 10000.0, *, partial: bool = False) -> Rope:
+def rope(keys: Keys, length: int, theta: float = 10000.0, share: float | None = None) -> Rope:
     """Rotary positions that are the same in all layers: `rope_parameters`, or `rope_scaling` and keys beside it.
 
-    length: the longest path that the config names. theta: where it names no base.
-    partial: whether the family can leave some channels of a head as they are.
+    length: the longest path that the config names.
+    theta, share: where it names none. A share of None is that of families that always rotate all channels.
     """
     beside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     places = {name: keys(name, None) for name in beside}, keys("rope_scaling", {}), keys("rope_parameters", {})
-    return rope_of(keys, places, length, theta, partial=partial)
+    return rope_of(keys, places, length, theta, share)
 
 
 def rope_of(
-    keys: Keys, places: tuple[Mapping[str, Any], ...], length: int, theta: float, *, partial: bool = False
+    keys: Keys, places: tuple[Mapping[str, Any], ...], length: int, theta: float, share: float | None = None
 ) -> Rope:
     """The same of `places`, dictionaries that must agree. What is wrong with them is among the problems of `keys`."""
     given: dict[str, Any] = {}
@@ -53,9 +53,11 @@ def rope_of(
             if value is not None and given.setdefault(name, value) != value:
                 keys.problems.append(f"{name}: expected one value, got {given[name]!r} and {value!r}")
     inner, failure, scaling = Keys(given), None, None
-    kind, theta, share = inner("rope_type", "default"), inner("rope_theta", theta), inner("partial_rotary_factor", 1.0)
-    if share != 1 and not partial:
-        inner.problems.append(f"partial_rotary_factor: expected 1.0, got {share}, which is not supported")
+    kind, theta = inner("rope_type", "default"), inner("rope_theta", theta)
+    if share is None:
+        inner.expect("partial_rotary_factor", 1.0)
+        share = 1.0
+    share = inner("partial_rotary_factor", share)
     if kind in _SCALINGS:
         try:
             scaling, length = _SCALINGS[kind](inner, length)

@@ -19,7 +19,7 @@ def config(keys: Keys) -> ModelConfig:
         keys.expect(name, False)
     for name in ("full_attn_mod", "interpolate_factor"):
         keys.expect(name, 1)
-    turned = rope(keys, keys("max_position_embeddings"), partial=True)
+    turned = rope(keys, keys("max_position_embeddings"), share=1.0)
     aggregate = llama.heads(keys, turned, window=keys("sliding_window", None), bias=False)
     return llama.model(keys, turned, aggregate, llama.activation(keys), eps=1e-5)
 
