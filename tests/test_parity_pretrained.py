@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,56 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
+from jaxwalk.pretrained import _safetensors
 from jaxwalk.pretrained._family import families
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 V, D, T = 61, 32, 19
+
+LLAMA = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+    "rms_norm_eps": 1e-3,
+}
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.2,
+}
+GEMMA3 = {
+    **LLAMA,
+    "head_dim": 12,
+    "attention_bias": True,
+    "sliding_window": 5,
+    "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 7,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": False,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 # Name of the case: (transformers' config class, its choices). Every choice that can be other than the default is.
 CASES = {
@@ -44,9 +90,16 @@ CASES = {
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 24,
+            "max_position_embeddings": 64,
             "rms_norm_eps": 1e-3,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
         },
     ),
     "llama, tied, biases, wide heads": (
@@ -63,6 +116,81 @@ CASES = {
             "tie_word_embeddings": True,
             "attention_bias": True,
             "mlp_bias": True,
+        },
+    ),
+    # Built like Llama.
+    "mistral": (
+        "MistralConfig",
+        {
+            **LLAMA,
+            "sliding_window": 5,
+            "head_dim": 6,
+            "rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 3.0},
+        },
+    ),
+    "qwen2": (
+        "Qwen2Config",
+        {
+            **LLAMA,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
+    "qwen3": (
+        "Qwen3Config",
+        {
+            **LLAMA,
+            "head_dim": 12,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5},
+        },
+    ),
+    "olmo2": (
+        "Olmo2Config",
+        {**LLAMA, "attention_bias": True, "rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0}},
+    ),
+    "phi3": (
+        "Phi3Config",
+        {
+            **LLAMA,
+            "pad_token_id": None,
+            "sliding_window": 5,
+            "max_position_embeddings": 96,
+            "original_max_position_embeddings": 24,
+            "rope_parameters": {
+                **ROPE,
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.2, 1.7],
+                "long_factor": [1.1, 2.0, 4.0],
+            },
+        },
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **LLAMA,
+            "head_dim": 12,
+            "attention_bias": True,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 7,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": ROPE,
+        },
+    ),
+    "gemma3_text": ("Gemma3TextConfig", GEMMA3),
+    "gemma3": (
+        "Gemma3Config",
+        {
+            "text_config": {**GEMMA3, "tie_word_embeddings": True, "final_logit_softcapping": None},
+            "vision_config": VISION,
         },
     ),
 }
@@ -122,7 +250,7 @@ def test_log_probabilities_and_hidden_states(pair):
 def test_gradients_for_the_token_vectors(pair):
     _, theirs, ours = pair
     path = tokens(1)
-    vectors = theirs.get_input_embeddings().weight[torch.tensor(path)].detach().requires_grad_()
+    vectors = theirs.get_input_embeddings()(torch.tensor(path)).detach().requires_grad_()
     log_probs = torch.log_softmax(theirs(inputs_embeds=vectors[None]).logits[0], -1)
     log_probs[torch.arange(T - 1), torch.tensor(path[1:])].sum().backward()
     expected = vectors.grad.numpy()
@@ -149,18 +277,28 @@ def test_batches_padding_and_decoding(pair):
         state, logits = step(ours, state, paths[0, i])
 
 
+@torch.no_grad()
 def test_old_forms_of_the_config(pair, tmp_path):
     """As versions of transformers before 5 wrote it: no rope_parameters, torch_dtype, keys of generation, nulls."""
     folder, theirs, _ = pair
     config = json.loads((folder / "config.json").read_text())
-    theta = config.pop("rope_parameters", {}).get("rope_theta")
     config |= {"torch_dtype": "float32", "use_cache": True, "pruned_heads": {}, "top_k": 50}
     config.pop("dtype", None)
-    if theta is not None:
-        config |= {"rope_theta": theta, "rope_scaling": None, "pretraining_tp": 1}
+    for part in (config, config.get("text_config", {})):
+        part.pop("layer_types", None)
+        if rope := part.pop("rope_parameters", {}):
+            near = rope.get("sliding_attention", {})
+            rope = rope.get("full_attention", rope)
+            part |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+            part |= {"rope_local_base_freq": near["rope_theta"], "sliding_window_pattern": 2} if near else {}
+            part |= {"rope_scaling": {**rope, "type": rope["rope_type"]} if rope["rope_type"] != "default" else None}
+            part |= {"pretraining_tp": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    compare(theirs, jw.load(tmp_path)[0], tokens(4))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    path = tokens(4)
+    np.testing.assert_array_equal(again(torch.tensor(path)[None]).logits, theirs(torch.tensor(path)[None]).logits)
+    compare(theirs, jw.load(tmp_path)[0], path)
 
 
 def test_saved_without_its_head(pair, tmp_path):
@@ -186,6 +324,112 @@ def test_sharded_and_narrow(pair, tmp_path):
         copy.deepcopy(theirs).to(dtype).save_pretrained(folder)
         wide = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         compare(wide, jw.load(folder)[0], tokens(6))
+
+
+@pytest.mark.parametrize("layout", ["language_model.model.", "model.language_model."])
+def test_models_that_read_images_in_every_layout(layout, tmp_path):
+    kind, choices = CASES["gemma3"]
+    randomised(getattr(transformers, kind)(**choices)).save_pretrained(tmp_path)
+    ours = jw.load(tmp_path)[0]
+    file = tmp_path / "model.safetensors"
+    store = _safetensors.Safetensors([file])
+    tensors = {name: np.array(store.read(name)) for name in store.shapes}
+    assert any(name.startswith("vision_tower.") for name in tensors)
+    moved = {re.sub(r"^(language_model\.model|model\.language_model)\.", layout, n): a for n, a in tensors.items()}
+    _safetensors.write(file, moved)
+    for a, b in zip(jax.tree.leaves(jw.load(tmp_path)[0]), jax.tree.leaves(ours), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# GGUF, as llama.cpp's convert_hf_to_gguf.py writes it: what it can say about each family.
+PLAIN = {"attention_bias": False, "rope_parameters": ROPE}
+GEMMA_GGUF = {"attention_bias": False, "query_pre_attn_scalar": 12, "tie_word_embeddings": True}
+GGUF_CASES = {
+    "llama": ("llama", {}),
+    "mistral": ("llama", {"sliding_window": None, "rope_parameters": ROPE}),
+    "qwen2": ("qwen2", {"use_sliding_window": False, "rope_parameters": YARN}),
+    "qwen3": ("qwen3", {"use_sliding_window": False, **PLAIN}),
+    "olmo2": ("olmo2", {"attention_bias": False}),
+    "phi3": ("phi3", {}),
+    "gemma2": ("gemma2", GEMMA_GGUF),
+    "gemma3_text": ("gemma3", {**GEMMA_GGUF, "num_hidden_layers": 6, "sliding_window_pattern": 6}),
+}
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_gguf(name, tmp_path):
+    (kind, choices), (architecture, changes) = CASES[name], GGUF_CASES[name]
+    theirs = randomised(getattr(transformers, kind)(**{**choices, **changes, "rms_norm_eps": 1e-3}))
+    as_llama_cpp_writes(theirs, architecture, tmp_path / "model.gguf")
+    compare(theirs, jw.load(tmp_path / "model.gguf")[0], tokens(7))
+
+
+def as_llama_cpp_writes(theirs, architecture, path):
+    gguf = pytest.importorskip("gguf")
+    config = theirs.config
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_file_type(0)
+    if hasattr(config, "head_dim"):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if rope["rope_type"] == "llama3":
+        factors = (
+            1 / theirs.model.rotary_emb.inv_freq / rope["rope_theta"] ** (torch.arange(0, head_width, 2) / head_width)
+        )
+        writer.add_tensor("rope_freqs.weight", factors.numpy())
+    if rope["rope_type"] == "longrope":
+        scale = config.max_position_embeddings / rope["original_max_position_embeddings"]
+        writer.add_rope_scaling_attn_factors(
+            (1 + math.log(scale) / math.log(config.original_max_position_embeddings)) ** 0.5
+        )
+        for which in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{which}.weight", np.array(rope[f"{which}_factor"], np.float32))
+    if architecture == "llama":
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_rope_dimension_count(head_width)
+    if architecture == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+        writer.add_rope_dimension_count(int(head_width * rope["partial_rotary_factor"]))
+    if architecture in ("phi3", "gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if architecture == "gemma3":
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    if architecture in ("gemma2", "gemma3"):
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
+    for name, parameter in theirs.named_parameters():
+        array = parameter.detach().numpy()
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if architecture == "llama" and heads:
+            array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import struct
 
@@ -13,8 +14,10 @@ import pytest
 import jaxwalk as jw
 from jaxwalk.aggregates import attention
 from jaxwalk.checkpoint import CheckpointError
-from jaxwalk.config import ConfigError, MLPConfig
+from jaxwalk.config import ConfigError, LongRopeScaling, MLPConfig
 from jaxwalk.pretrained import _hub, _safetensors, _tokenizer
+from jaxwalk.pretrained._family import Keys
+from jaxwalk.pretrained._rope import Rope, rope
 from jaxwalk.text import BPEVocabulary, ByteVocabulary, TokenizerVocabulary, vocabulary_from_dict
 from tests.conftest import model_of
 
@@ -189,9 +192,26 @@ def test_unknown_keys_are_named_all_at_once(exported):
 @pytest.mark.parametrize(
     ("shape", "changes", "expected"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3', which is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3': low_freq_factor: expected a"),
+        ("llama", {"rope_parameters": {"rope_type": "strange"}}, "unknown rope_type 'strange'"),
         ("llama", {"rope_parameters": {"rope_theta": 9.0}}, "rope_theta: expected one value"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear', which is not supported"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type: expected one value, got 'linear' and",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor: expected at least 1"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "alpha": 2.0}}, "not known: alpha = 2.0"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, got 0.5"),
+        (
+            "llama",
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2},
+            "sliding_window: expected a value",
+        ),
+        ("llama", {"model_type": "qwen2", "layer_types": ["chunked_attention"]}, "layer_types: expected 'sliding_att"),
+        ("llama", {"rope_scaling": "yarn"}, "dictionary"),
+        ("llama", {"model_type": "gemma3", "rope_parameters": {"rope_theta": 1.0}}, "expected full_attention and slid"),
+        ("llama", {"model_type": "gemma3", "text_config": {"hidden_size": 3}}, "hidden_size: expected one value"),
         ("llama", {"hidden_act": "gelu", "add_cross_attention": True}, "add_cross_attention: .*hidden_act: "),
         ("llama", {"hidden_size": None, "vocab_size": None}, "vocab_size: expected a value.*hidden_size: expected a"),
         ("llama", {"num_key_value_heads": 3}, "kv_heads: expected a divisor"),
@@ -206,6 +226,31 @@ def test_configs_that_are_refused(shape, changes, expected, tmp_path):
     edit(tmp_path / "model", **changes)
     with pytest.raises(CheckpointError, match=expected):
         jw.load(tmp_path / "model")
+
+
+def test_rotary_positions_in_every_form():
+    sets = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+    original = {"original_max_position_embeddings": 16}
+    new = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 5.0, **sets, **original}}
+    old = {"rope_theta": 5.0, "rope_scaling": {"type": "su", **sets}, **original}
+    # The short factors, and so no longer paths than they are for; the gain is that of the whole length.
+    expected = Rope(5.0, LongRopeScaling((1.0, 2.0), math.sqrt(1.5)), 1.0, 16)
+    for given in (new, old):
+        keys = Keys(given)
+        assert rope(keys, 64) == expected
+        assert keys.finish((), None) == []
+    given = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "partial_rotary_factor": 0.5}
+    assert rope(Keys(given), 64, 7.0, share=1.0) == Rope(7.0, None, 0.5, 64)
+
+
+def test_tensors_by_two_names_are_refused(tmp_path):
+    jw.export(exportable("llama"), tmp_path)
+    edit(tmp_path, model_type="gemma3_text", rope_parameters=None, mlp_bias=None)
+    tensors = tensors_of(tmp_path)
+    tensors["language_model.model.norm.weight"] = tensors["model.norm.weight"]
+    _safetensors.write(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"by another name too: (language_model\.)?model\.norm\.weight"):
+        jw.load(tmp_path)
 
 
 def test_a_family_that_is_not_here(exported):
@@ -616,8 +661,9 @@ def test_gguf_in_a_folder_and_narrow(tmp_path):
     [
         ({"metadata": {"expert_count": 8}}, "expert_count: expected 0, got 8"),
         ({"metadata": {"rope.dimension_count": 32}}, "rope.dimension_count: expected 64, got 32"),
-        ({"metadata": {"rope.scaling.type": "yarn", "odd": 1}}, "rope.scaling.type: .*not known: odd = 1"),
-        ({"extra": ["rope_freqs.weight"]}, r"not known: rope_freqs\.weight"),
+        ({"metadata": {"rope.scaling.type": "odd", "odd": 1}}, "rope.scaling.type: .*not known: odd = 1"),
+        ({"extra": ["rope_freqs.weight"]}, "factors: expected positive numbers"),
+        ({"extra": ["rope_factors_long.weight"]}, r"not known: rope_factors_long\.weight"),
         ({"dropped": ["blk.0.attn_q.weight"]}, r"missing: model\.layers\.0\.self_attn\.q_proj\.weight"),
     ],
 )

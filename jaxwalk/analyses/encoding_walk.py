@@ -56,7 +56,7 @@ def analyse(
     if subject.length < 2:
         raise NotApplicable("paths have one token, and position 0 is no evidence")
     if subject.world is None and subject.store is None:
-        raise NotApplicable("it needs paths: a world, or a store of text")
+        raise NotApplicable(f"it needs paths, a world or a store of text: {subject.no_data}")
 
     tokens = subject.paths(paths)
     n, T = tokens.shape

@@ -53,7 +53,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
     if V < 3:
         raise NotApplicable(f"with {V} tokens the law has a single log-odds, and any predictor explains it")
     if subject.world is None and subject.store is None:
-        raise NotApplicable("it needs contexts: a world, or a store of text")
+        raise NotApplicable(f"it needs paths, a world or a store of text: {subject.no_data}")
     positions = max(1, min(positions, FLOATS // (V * paths)))
     tokens = subject.paths(max(8, min(paths, FLOATS // V)))
     n, T = tokens.shape

@@ -33,8 +33,9 @@ HARMLESS: Mapping[str, str] = {
     **dict.fromkeys(("unsloth_fixed", "unsloth_version", "is_llama_config"), "a remark"),
     **dict.fromkeys(("torch_dtype", "dtype", "use_bfloat16"), "the tensors have dtypes of their own"),
     **dict.fromkeys(("use_cache", "output_attentions", "output_hidden_states", "torchscript"), _PYTHON),
+    **dict.fromkeys(("gradient_checkpointing", "cache_implementation"), _PYTHON),
     **dict.fromkeys(
-        ("return_dict", "chunk_size_feed_forward", "_attn_implementation", "gradient_checkpointing"), _PYTHON
+        ("return_dict", "chunk_size_feed_forward", "_attn_implementation", "_attn_implementation_autoset"), _PYTHON
     ),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id"), "ids are data"),
     **dict.fromkeys(("tokenizer_class", "prefix"), "the tokenizer has a file of its own"),
@@ -92,19 +93,24 @@ class Keys:
             self.problems.append(f"{name}: expected one of {', '.join(sorted(choices))}, got {value!r}")
         return choices.get(value)
 
-    def rope_theta(self, default: float = 10000.0) -> float:
-        """The base of rotary positions, as old and as new versions of transformers write it down."""
-        given = {**self("rope_scaling", {}), **self("rope_parameters", {})}
-        thetas = {float(t) for t in (self("rope_theta", None), given.pop("rope_theta", None)) if t is not None}
-        if len(thetas) > 1:
-            self.problems.append(f"rope_theta: expected one value, got {sorted(thetas)}")
-        kinds = {given.pop(name, "default") for name in ("rope_type", "type")} - {"default"}
-        if kinds:
-            named = ", ".join(map(repr, sorted(map(str, kinds))))
-            self.problems.append(f"rope scaling: expected rope_type 'default', got {named}, which is not supported")
-        elif given.pop("partial_rotary_factor", 1.0) != 1.0 or given:
-            self.problems.append(f"rope scaling: expected rope_theta and rope_type only, got also {given}")
-        return thetas.pop() if thetas else default
+    def nullable(self, name: str, default: Any) -> Any:
+        """The value of a key for which null is a value too: `default` only where it is absent."""
+        self.asked.add(name)
+        return self.given.get(name, default)
+
+    def open(self, name: str) -> None:
+        """Make the keys of a part of the config keys of its own, where it has such a part."""
+        part = dict(self(name, {}))
+        for key, value in part.items():
+            if key not in HARMLESS and self.given.get(key, value) != value:
+                self.problems.append(f"{key}: expected one value, got {self.given[key]!r} and {value!r} in {name}")
+        self.given = {**self.given, **part}
+        self.expect_fixed()
+
+    def expect_fixed(self) -> None:
+        """Keys of any config.json that change the mathematics unless they have one value."""
+        for name, value in _FIXED.items():
+            self.expect(name, value)
 
     def finish(self, harmless: Iterable[str], failure: Exception | None) -> list[str]:
         """All problems, unknown keys among them. A key that is null is not set, whatever it means.
@@ -147,13 +153,15 @@ Tensors = Mapping[str, str | Tensor | tuple[Tensor, ...]]
 class GGUF(NamedTuple):
     """How llama.cpp writes a family: the architecture's name, its metadata as config.json, what it did to tensors.
 
-    config: of the metadata, without the architecture's name before it, and the names of the tensors.
+    config: of the metadata, without the architecture's name before it, and the tensors of the file by their names.
     undo: the tensor of a module, as it is in a safetensors file.
+    consumed: the names of tensors that `config` reads, which are no parameters.
     """
 
     architecture: str
-    config: Callable[[Keys, Iterable[str]], dict[str, Any]]
+    config: Callable[[Keys, Mapping[str, Any]], dict[str, Any]]
     undo: Callable[[str, np.ndarray, ModelConfig], np.ndarray] = lambda name, array, config: array
+    consumed: tuple[str, ...] = ()
 
 
 class Family(NamedTuple):
@@ -166,6 +174,8 @@ class Family(NamedTuple):
     conv1d: linear maps are stored as [in, out], as ours are, not as [out, in].
     harmless: more keys of config.json that leave the mathematics alone, and why.
     ignored: patterns of tensors that are no parameters, and why.
+    renamed: patterns of names, and what they are replaced by before anything else: what other kinds of the model, or
+        other versions of transformers, call the same tensors.
     describe: config.json of a model, the inverse of `config`, for those families that can be exported. What they
         cannot express is left out; it then comes back otherwise, and is refused.
     """
@@ -177,6 +187,7 @@ class Family(NamedTuple):
     conv1d: bool = False
     harmless: Mapping[str, str] = {}
     ignored: Mapping[str, str] = {}
+    renamed: Mapping[str, str] = {}
     describe: Callable[[ModelConfig], dict[str, Any]] | None = None
     gguf: GGUF | None = None
 
@@ -202,6 +213,25 @@ class Store(Protocol):
     def release(self) -> None:
         """Give the memory of what has been read back to the system."""
         ...
+
+
+class _Renamed:
+    """A store by other names of its tensors."""
+
+    def __init__(self, store: Store, renamed: Mapping[str, str], source: object) -> None:
+        def name_of(name: str) -> str:
+            return functools.reduce(lambda n, pattern: re.sub(pattern, renamed[pattern], n), renamed, name)
+
+        self._store = store
+        self._names = {name_of(name): name for name in store.shapes}
+        if twice := set(store.shapes) - set(self._names.values()):
+            raise CheckpointError(f"{source}: tensors that are there by another name too: {', '.join(sorted(twice))}.")
+        self.shapes = {ours: store.shapes[theirs] for ours, theirs in self._names.items()}
+        self.refused = {ours: store.refused[t] for ours, t in self._names.items() if t in store.refused}
+        self.release = store.release
+
+    def read(self, name: str) -> np.ndarray:
+        return self._store.read(self._names[name])
 
 
 @functools.cache
@@ -236,8 +266,7 @@ def _template(config: ModelConfig) -> Transformer:
 def read_config(family: Family, given: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes. Raises CheckpointError with everything that is wrong with it."""
     keys = Keys(given)
-    for name, value in _FIXED.items():
-        keys.expect(name, value)
+    keys.expect_fixed()
     failure = None
     try:
         config = family.config(keys)
@@ -318,6 +347,7 @@ def assemble(
     Raises CheckpointError that names all tensors which are missing, not known, misshapen, or of another dtype.
     """
     plan = parameters(family, config)
+    store = _Renamed(store, family.renamed, source) if family.renamed else store
     headless = family.prefix and not any(name.startswith(family.prefix) for name in store.shapes)
     if headless:
         plan = [p._replace(parts=tuple(_headless(part, family.prefix) for part in p.parts)) for p in plan]

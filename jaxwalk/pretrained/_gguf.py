@@ -68,7 +68,8 @@ class GGUFTensors:
         names = gguf.get_tensor_name_map(kinds[file.metadata["general.architecture"]], config.depth)
         wanted = [part.name for parameter in parameters(family, config) for part in parameter.parts]
         ours = {names.get_name(name, try_suffixes=(".weight", ".bias")): name for name in wanted}
-        self._tensors = {ours.get(name) or name: tensor for name, tensor in file.tensors.items()}
+        consumed = () if family.gguf is None else family.gguf.consumed
+        self._tensors = {ours.get(name) or name: t for name, t in file.tensors.items() if name not in consumed}
         self.shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in self._tensors.items()}
         one_of_each = {tensor.tensor_type: tensor for tensor in self._tensors.values()}
         unknown_kinds = {kind for kind, tensor in one_of_each.items() if not _readable(kind, tensor.data)}
