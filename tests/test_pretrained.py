@@ -450,15 +450,34 @@ def test_vocabularies_make_the_round_trip(kind, tmp_path):
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({}, 3),
-        ({"bos_token": None}, None),
-        ({"bos_token": "<|begin|>"}, 256),
-        ({"bos_token": {"content": "<|begin|>", "lstrip": False}}, 256),
-        ({"bos_token": "A"}, 65),
+        ({}, 256),  # the tokenizer puts it before every text
+        ({"bos_token": "A"}, 256),
+        ({"add_bos_token": False, "bos_token": "<|begin|>"}, None),
+        ({"add_bos_token": True}, 256),
     ],
 )
-def test_the_begin_of_path_token_is_the_models(said, expected, tmp_path):
+def test_the_begin_of_path_token_is_what_is_put_before_a_text(said, expected, tmp_path):
     jw.export(exportable("gpt2", vocab_size=257), tmp_path / "model", ByteVocabulary())
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(said))
+    edit(tmp_path / "model", bos_token_id=3)
+    assert jw.load(tmp_path / "model")[1].begin == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"bos_token": "A"}, None),  # a token of which nothing says that it is put before
+        ({"add_bos_token": True}, 3),
+        ({"add_bos_token": True, "bos_token": None}, None),
+        ({"add_bos_token": True, "bos_token": "<|begin|>"}, 256),
+        ({"add_bos_token": True, "bos_token": {"content": "<|begin|>", "lstrip": False}}, 256),
+        ({"add_bos_token": True, "bos_token": "A"}, 65),
+    ],
+)
+def test_a_tokenizer_without_a_template(said, expected, tmp_path):
+    jw.export(exportable("gpt2", vocab_size=257), tmp_path / "model", ByteVocabulary())
+    file = tmp_path / "model" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(said))
     edit(tmp_path / "model", bos_token_id=3)
     assert jw.load(tmp_path / "model")[1].begin == expected
@@ -606,6 +625,7 @@ def gguf_file(path, shape, kind="F32", *, tokenizer=True, pre="smollm", extra=()
         writer.add_token_types([3 if w.startswith("<|") else 4 if w == "<x>" else 1 for w in WORDS])
         writer.add_token_merges(list(MERGES))
         writer.add_bos_token_id(11)
+        writer.add_add_bos_token(True)
     for name, array in tensors.items():
         theirs = name
         for ours, other in NAMES.items():

@@ -29,7 +29,7 @@ def loaded(file):
 
 def test_it_continues_sensibly(loaded):
     model, vocabulary = loaded
-    assert vocabulary.symbol(vocabulary.begin) == "<|im_start|>"
+    assert vocabulary.begin is None  # its tokenizer puts none before a text
     prompt = vocabulary.encode("Photosynthesis is the process by which")
     state, logits = jw.prefill(model, prompt, len(prompt) + 12)
     step, continued = jax.jit(jw.step), []

@@ -14,6 +14,7 @@ from jaxwalk.config import ConfigError, MLPConfig, ModelConfig
 from jaxwalk.filters import GatedMLP, LayerNorm, LearnedPositions, RMSNorm, SinusoidalPositions
 from jaxwalk.pretrained import _safetensors
 from jaxwalk.pretrained._family import Family, Keys, differences, families, parameters
+from jaxwalk.pretrained._tokenizer import begins_with
 from jaxwalk.text import BPEVocabulary, ByteVocabulary, TokenizerVocabulary, Vocabulary, byte_letters
 from jaxwalk.transformer import Layer, Transformer, init, resolved_layers
 
@@ -185,7 +186,9 @@ def _tokenizer(vocabulary: Vocabulary) -> str:
         )
     begin = {"id": vocabulary.begin, "content": _BEGIN, "special": True}
     begin |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return json.dumps({**made, "added_tokens": [begin], "decoder": _BYTE_LEVEL}, ensure_ascii=False)
+    made |= {"added_tokens": [begin], "decoder": _BYTE_LEVEL}
+    made["post_processor"] = begins_with(_BEGIN, vocabulary.begin)
+    return json.dumps(made, ensure_ascii=False)
 
 
 _BEGIN = "<|begin|>"

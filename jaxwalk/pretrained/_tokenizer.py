@@ -13,7 +13,7 @@ from jaxwalk.text import TokenizerVocabulary
 def of_folder(folder: Path, config: Mapping[str, Any], size: int) -> TokenizerVocabulary | None:
     """The vocabulary of a Hugging Face folder; None without tokenizer.json: token ids are all that is needed.
 
-    The begin-of-path token is the tokenizer's bos_token, or without a word about one the config's bos_token_id.
+    The begin-of-path token is what the model's own tokenizer puts before a text, which need not be its bos_token.
     Raises CheckpointError for one that cannot be read, or that is another model's.
     """
     file = folder / "tokenizer.json"
@@ -21,16 +21,15 @@ def of_folder(folder: Path, config: Mapping[str, Any], size: int) -> TokenizerVo
         return None
     try:
         tokenizer = file.read_text("utf-8")
-        added = {token["content"]: token["id"] for token in json.loads(tokenizer).get("added_tokens") or ()}
+        parts = json.loads(tokenizer)
         said: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 said.update(json.loads((folder / name).read_text("utf-8")))
-        begin = config.get("bos_token_id")
-        if "bos_token" in said:
-            token = said["bos_token"]
-            token = token["content"] if isinstance(token, dict) else token
-            begin = None if token is None else added[token] if token in added else _id(tokenizer, token)
+        begin = _put_before(parts.get("post_processor"))
+        adds = said.get("add_bos_token")
+        if adds is not None:  # it has the last word
+            begin = (_bos(parts, said, config) if begin is None else begin) if adds else None
         return TokenizerVocabulary(tokenizer, begin, size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -39,9 +38,36 @@ def of_folder(folder: Path, config: Mapping[str, Any], size: int) -> TokenizerVo
         ) from error
 
 
-def _id(tokenizer: str, token: str) -> int | None:
-    vocabulary = json.loads(tokenizer)["model"]["vocab"]
-    return vocabulary.get(token) if isinstance(vocabulary, dict) else None
+def begins_with(token: str, id: int) -> dict[str, Any]:
+    """The post-processor of a tokenizer.json that puts a token before every text."""
+    first: list[Any] = [{"SpecialToken": {"id": token, "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [*first, {"Sequence": {"id": "A", "type_id": 0}}, *first, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    }
+
+
+def _put_before(processor: Mapping[str, Any] | None) -> int | None:
+    """The token that a post-processor puts before a text, if it does."""
+    for one in (processor or {}).get("processors", [processor]):
+        if one and one["type"] == "TemplateProcessing" and "SpecialToken" in one["single"][0]:
+            return one["special_tokens"][one["single"][0]["SpecialToken"]["id"]]["ids"][0]
+        if one and one["type"] in ("BertProcessing", "RobertaProcessing"):
+            return one["cls"][1]
+    return None
+
+
+def _bos(parts: Mapping[str, Any], said: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+    """The id of the bos_token, or, without a word about one, the config's bos_token_id."""
+    token = said.get("bos_token")
+    token = token["content"] if isinstance(token, dict) else token
+    if token is None:
+        return None if "bos_token" in said else config.get("bos_token_id")
+    added = {one["content"]: one["id"] for one in parts.get("added_tokens") or ()}
+    vocabulary = parts["model"]["vocab"]
+    return added.get(token, vocabulary.get(token) if isinstance(vocabulary, dict) else None)
 
 
 def _byte_level(regex: bool) -> dict[str, Any]:
@@ -109,6 +135,10 @@ def of_gguf(metadata: Mapping[str, Any], size: int) -> TokenizerVocabulary | Non
         **made,
     }
     begin = metadata.get("tokenizer.ggml.bos_token_id")
+    if not metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _WHOLE_WORDS):
+        begin = None
+    if begin is not None:
+        tokenizer["post_processor"] = begins_with(tokens[begin], begin)
     return TokenizerVocabulary(json.dumps(tokenizer, ensure_ascii=False), begin, size)
 
 
