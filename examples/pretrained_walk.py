@@ -65,9 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\nlog p({vocabulary.symbol(tokens[0])!r}) = {parts.whole:.3f} nats, by token:\n\n   held  occluded")
     for token, part, fell in zip(prompt.tolist(), parts.by_token, occluded.by_token, strict=True):
         print(f"{part:7.2f}  {fell:8.2f}  {vocabulary.symbol(token)!r}")
-    print(
-        f"{parts.rest:7.2f}            biases and the entropy\n{parts.whole:7.2f}            sum, to {abs(parts.gap):.0e}"
-    )
+    print(f"{parts.rest:7.2f}            biases and the entropy")
+    print(f"{parts.whole:7.2f}            sum, to {abs(parts.gap):.0e}")
 
 
 if __name__ == "__main__":
