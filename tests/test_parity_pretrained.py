@@ -65,6 +65,77 @@ CASES = {
             "mlp_bias": True,
         },
     ),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            "vocab_size": V,
+            "hidden_size": D,
+            "intermediate_size": 40,
+            "num_layers": 3,
+            "num_heads": 4,
+            "max_position_embeddings": 24,
+            "attention_types": [[["local", "global"], 1], [["local"], 1]],
+            "window_size": 5,
+            "activation_function": "gelu",
+            "layer_norm_epsilon": 1e-3,
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {
+            "vocab_size": V,
+            "hidden_size": D,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 24,
+            "layer_norm_eps": 1e-3,
+            "rotary_pct": 0.5,
+            "rotary_emb_base": 500.0,
+        },
+    ),
+    "gpt_neox, one after the other, no biases, tanh": (
+        "GPTNeoXConfig",
+        {
+            "vocab_size": V,
+            "hidden_size": D,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 24,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "gelu_fast",
+            "tie_word_embeddings": True,
+        },
+    ),
+    "opt": (
+        "OPTConfig",
+        {
+            "vocab_size": V,
+            "hidden_size": D,
+            "ffn_dim": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 24,
+        },
+    ),
+    "opt, post-norm, no biases, gelu, norms without parameters": (
+        "OPTConfig",
+        {
+            "vocab_size": V,
+            "hidden_size": D,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 24,
+            "do_layer_norm_before": False,
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 
@@ -153,10 +224,13 @@ def test_old_forms_of_the_config(pair, tmp_path):
     """As versions of transformers before 5 wrote it: no rope_parameters, torch_dtype, keys of generation, nulls."""
     folder, theirs, _ = pair
     config = json.loads((folder / "config.json").read_text())
-    theta = config.pop("rope_parameters", {}).get("rope_theta")
+    rope = config.pop("rope_parameters", {})
+    theta = rope.get("rope_theta")
     config |= {"torch_dtype": "float32", "use_cache": True, "pruned_heads": {}, "top_k": 50}
     config.pop("dtype", None)
-    if theta is not None:
+    if "partial_rotary_factor" in rope:
+        config |= {"rotary_emb_base": theta, "rotary_pct": rope["partial_rotary_factor"]}
+    elif theta is not None:
         config |= {"rope_theta": theta, "rope_scaling": None, "pretraining_tp": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
@@ -170,7 +244,7 @@ def test_saved_without_its_head(pair, tmp_path):
     if ours.unembed.weight is None:
         compare(theirs, jw.load(tmp_path)[0], tokens(5))
     else:
-        with pytest.raises(jw.checkpoint.CheckpointError, match=r"missing: lm_head\.weight\."):
+        with pytest.raises(jw.checkpoint.CheckpointError, match=r"missing: (lm_head|embed_out)\.weight\."):
             jw.load(tmp_path)
 
 
