@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -145,14 +147,24 @@ def test_every_family_has_a_case():
         assert covered >= set(family.model_types), name
 
 
+def test_the_published_table_has_every_case():
+    table = (Path(__file__).parent.parent / "benchmarks" / "parity.md").read_text("utf-8")
+    assert re.findall(r"^\| ([^|`]+) \| `", table, re.MULTILINE) == list(CASES), "run python benchmarks/parity.py"
+
+
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
     """A folder, transformers' model in it, and ours."""
-    kind, choices = CASES[request.param]
     folder = tmp_path_factory.mktemp("pretrained")
+    return folder, *made(request.param, folder)
+
+
+def made(name, folder):
+    """Transformers' model of a case, saved in a folder, and ours, loaded from there."""
+    kind, choices = CASES[name]
     theirs = randomised(getattr(transformers, kind)(**choices))
     theirs.save_pretrained(folder)
-    return folder, theirs, jw.load(folder)[0]
+    return theirs, jw.load(folder)[0]
 
 
 def randomised(config, scale=0.3, seed=0):
@@ -170,19 +182,31 @@ def tokens(seed=0, length=T):
     return np.random.default_rng(seed).integers(0, V, length)
 
 
-def compare(theirs, ours, path, atol=1e-4):
-    """Log-probabilities and every hidden state; the last of transformers' is after the final norm."""
+def log_probs_and_states(theirs, ours, path):
+    """Pairs, ours and theirs: log-probabilities, and every hidden state, of which the last is after the final norm."""
     with torch.no_grad():
         out = theirs(torch.tensor(path)[None], output_hidden_states=True)
     walk = jax.jit(jw.encoding_walk)(ours, path)
     hidden = [h[0].numpy() for h in out.hidden_states]
     assert len(hidden) == ours.depth + 1
-    for station, expected in zip(walk.stations[0::2][:-1], hidden[:-1], strict=True):
-        np.testing.assert_allclose(station, expected, atol=atol)
-    np.testing.assert_allclose(walk.context, hidden[-1], atol=atol)
+    states = zip([*walk.stations[0::2][:-1], walk.context], hidden, strict=True)
     expected = torch.log_softmax(out.logits[0].double(), -1).numpy()
-    np.testing.assert_allclose(jax.jit(jw.next_log_probs)(ours, path), expected, atol=atol)
-    return expected
+    return (jax.jit(jw.next_log_probs)(ours, path), expected), list(states)
+
+
+def gradients(theirs, ours, path):
+    """A pair, ours and theirs: the gradient of the log-probability of a path for its token vectors."""
+    vectors = theirs.get_input_embeddings().weight[torch.tensor(path)].detach().requires_grad_()
+    log_probs = torch.log_softmax(theirs(inputs_embeds=vectors[None]).logits[0], -1)
+    log_probs[torch.arange(T - 1), torch.tensor(path[1:])].sum().backward()
+    return jax.jit(jw.path_gradient)(ours, path), vectors.grad.numpy()
+
+
+def compare(theirs, ours, path, atol=1e-4):
+    """Log-probabilities and every hidden state, within `atol`."""
+    log_probs, states = log_probs_and_states(theirs, ours, path)
+    for got, expected in (log_probs, *states):
+        np.testing.assert_allclose(got, expected, atol=atol)
 
 
 def test_log_probabilities_and_hidden_states(pair):
@@ -192,12 +216,7 @@ def test_log_probabilities_and_hidden_states(pair):
 
 def test_gradients_for_the_token_vectors(pair):
     _, theirs, ours = pair
-    path = tokens(1)
-    vectors = theirs.get_input_embeddings().weight[torch.tensor(path)].detach().requires_grad_()
-    log_probs = torch.log_softmax(theirs(inputs_embeds=vectors[None]).logits[0], -1)
-    log_probs[torch.arange(T - 1), torch.tensor(path[1:])].sum().backward()
-    expected = vectors.grad.numpy()
-    got = jax.jit(jw.path_gradient)(ours, path)
+    got, expected = gradients(theirs, ours, tokens(1))
     np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
 
 
