@@ -220,6 +220,8 @@ class ModelConfig(Checked):
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     norm_bias: bool = True
     """Of LayerNorm; RMSNorm has none."""
+    norm_scale: bool = True
+    """Of LayerNorm; without it and without a bias it has no parameters. RMSNorm has one always."""
     norm_eps: float = 1e-5
     norm_unit_offset: bool = False
     """RMSNorm multiplies by 1 + scale instead of scale, as in Gemma."""
@@ -245,6 +247,8 @@ class ModelConfig(Checked):
                 yield f"{what}: expected a choice, or a tuple of at least one, got ()"
         if self.norm_unit_offset and self.norm != "rms_norm":
             yield f"norm_unit_offset: expected norm = 'rms_norm', got {self.norm!r}"
+        if not self.norm_scale and self.norm != "layer_norm":
+            yield f"norm_scale: expected norm = 'layer_norm' where there is none, got {self.norm!r}"
         if self.position_offset and self.positions != "learned":
             yield f"position_offset: expected positions = 'learned', got {self.positions!r}"
         for what in ("embed_scale", "logit_softcap"):

@@ -143,20 +143,21 @@ def tanh_gate(a: Float[Array, "*n"]) -> Float[Array, "*n"]:
 class LayerNorm(nnx.Module):
     """(x - mean) / std * scale + bias (Ba et al., arXiv 1607.06450). The held coefficient is 1/std."""
 
-    scale: Float[Array, " D"] = nnx.data()
+    scale: Float[Array, " D"] | None = nnx.data()
     bias: Float[Array, " D"] | None = nnx.data()
     eps: float = 1e-5
 
     @staticmethod
-    def init(width: int, *, bias: bool = True, eps: float = 1e-5) -> "LayerNorm":
-        """Scale 1, bias 0 (or none)."""
-        return LayerNorm(jnp.ones(width, jnp.float32), jnp.zeros(width, jnp.float32) if bias else None, eps)
+    def init(width: int, *, bias: bool = True, scale: bool = True, eps: float = 1e-5) -> "LayerNorm":
+        """Scale 1 and bias 0, or none."""
+        ones, zeros = jnp.ones(width, jnp.float32), jnp.zeros(width, jnp.float32)
+        return LayerNorm(ones if scale else None, zeros if bias else None, eps)
 
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
         centred = x.astype(wide(x.dtype))
         centred = centred - centred.mean()
         y = centred * held(lax.rsqrt(jnp.mean(centred * centred) + self.eps), hold)
-        y = y.astype(x.dtype) * self.scale
+        y = y.astype(x.dtype) if self.scale is None else y.astype(x.dtype) * self.scale
         return y if self.bias is None else y + self.bias
 
 

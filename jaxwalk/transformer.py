@@ -411,7 +411,7 @@ def init(config: ModelConfig, key: Key) -> Transformer:
     def norm() -> Norm:
         if config.norm == "rms_norm":
             return RMSNorm.init(config.width, eps=config.norm_eps, unit_offset=config.norm_unit_offset)
-        return LayerNorm.init(config.width, bias=config.norm_bias, eps=config.norm_eps)
+        return LayerNorm.init(config.width, bias=config.norm_bias, scale=config.norm_scale, eps=config.norm_eps)
 
     positions: LearnedPositions | SinusoidalPositions | None = None
     if config.positions == "learned":

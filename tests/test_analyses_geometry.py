@@ -237,7 +237,7 @@ def test_rotating_the_space_changes_no_law(aggregate, norm):
     "choices",
     [
         {"tied": True, "placement": "parallel"},
-        {"norm_bias": False, "positions": "sinusoidal", "filter": None},
+        {"norm_bias": False, "norm_scale": False, "positions": "sinusoidal", "filter": None},
         {"positions": "none", "norm": "rms_norm", "filter": jw.MLPConfig(gated=True, activation="silu")},
         {"norm": "layer_norm", "filter": jw.MLPConfig(bias=False)},
         {

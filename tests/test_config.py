@@ -113,6 +113,11 @@ IMPOSSIBLE = [
         "expected norm = 'rms_norm', got 'layer",
     ),
     (ModelConfig, {"vocab_size": 3, "max_length": 8, "embed_scale": 0.0}, "embed_scale: expected more than 0, got 0"),
+    (
+        ModelConfig,
+        {"vocab_size": 3, "max_length": 8, "norm": "rms_norm", "norm_scale": False},
+        "norm_scale: expected norm = 'layer_norm' where there is none, got 'rms_norm'",
+    ),
     (ModelConfig, {"vocab_size": 3, "max_length": 8, "logit_softcap": -1.0}, "logit_softcap: expected more than 0"),
     (
         ModelConfig,

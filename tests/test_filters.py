@@ -28,6 +28,7 @@ FILTERS = {
     "linear": f.Linear.init(D, D, bias=True, key=KEYS[0]),
     "layer_norm": f.LayerNorm.init(D),
     "layer_norm-nobias": f.LayerNorm.init(D, bias=False),
+    "layer_norm-plain": f.LayerNorm.init(D, bias=False, scale=False),
     "rms_norm": f.RMSNorm.init(D),
     "rms_norm-unit_offset": f.RMSNorm.init(D, unit_offset=True),
     **{f"{'gated' if g else 'mlp'}-{a}": mlp(a, g) for a in f.GATES for g in (False, True)},
@@ -54,7 +55,7 @@ def reference(name, module, x):
     if kind == "linear":
         return linear(module, x)
     if kind == "layer_norm":
-        y = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * np.array(module.scale)
+        y = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * (1 if module.scale is None else np.array(module.scale))
         return y if module.bias is None else y + np.array(module.bias)
     if kind == "rms_norm":
         return x / np.sqrt((x**2).mean() + 1e-5) * (np.array(module.scale) + (choice == "unit_offset"))

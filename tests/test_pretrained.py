@@ -16,7 +16,7 @@ from jaxwalk.aggregates import attention
 from jaxwalk.checkpoint import CheckpointError
 from jaxwalk.config import ConfigError, LongRopeScaling, MLPConfig
 from jaxwalk.pretrained import _hub, _safetensors, _tokenizer
-from jaxwalk.pretrained._family import Keys
+from jaxwalk.pretrained._family import Keys, family_of, read_config
 from jaxwalk.pretrained._rope import Rope, rope
 from jaxwalk.text import BPEVocabulary, ByteVocabulary, TokenizerVocabulary, vocabulary_from_dict
 from tests.conftest import model_of
@@ -251,6 +251,57 @@ def test_tensors_by_two_names_are_refused(tmp_path):
     _safetensors.write(tmp_path / "model.safetensors", tensors)
     with pytest.raises(CheckpointError, match=r"by another name too: (language_model\.)?model\.norm\.weight"):
         jw.load(tmp_path)
+
+
+SMALL = {
+    "opt": {
+        "vocab_size": 5,
+        "hidden_size": 8,
+        "ffn_dim": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+    },
+    "gpt_neo": {
+        "vocab_size": 5,
+        "hidden_size": 8,
+        "num_layers": 2,
+        "num_heads": 2,
+        "max_position_embeddings": 8,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "gpt_neox": {
+        "vocab_size": 5,
+        "hidden_size": 32,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+        "rotary_pct": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("opt", {"word_embed_proj_dim": 4}, "word_embed_proj_dim: expected 8, got 4, which is not supported"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm: expected False, got True"),
+        ("opt", {"scale_embeddings": True, "learned_embeddings": False}, "learned_emb.*: expected True.*scale_emb"),
+        ("gpt_neo", {"attention_types": [[["global"], 3]]}, "'local' for each of 2 layers, got .'global', 'global', "),
+        ("gpt_neo", {"attention_types": [[["global", "sparse"], 1]]}, r"attention_types: .*got \['global', 'sparse'"),
+        ("gpt_neo", {"attention_layers": ["global", "global"]}, "attention_layers: expected .'global', 'local'."),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.25}}, r"rotary_pct: expected one.*0\.25, 0\.5"),
+        ("gpt_neox", {"rotary_emb_base": 9.0, "rope_parameters": {"rope_theta": 8.0}}, "rope_theta: expected one"),
+        ("gpt_neox", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("gpt_neox", {"rotary_pct": 0.1}, "rope_width: expected an even number"),
+        ("gpt_neox", {"rotary_emb": 9.0}, "not known: rotary_emb = 9"),
+    ],
+)
+def test_configs_of_other_families_that_are_refused(family, changes, expected):
+    read_config(family_of(family), SMALL[family])
+    with pytest.raises(CheckpointError, match=expected):
+        read_config(family_of(family), {**SMALL[family], **changes})
 
 
 def test_a_family_that_is_not_here(exported):

@@ -467,16 +467,16 @@ def _times(rows: Any, R: np.ndarray, dtype: Any = None) -> Array:
 def _scale_and_bias(norm: Norm) -> tuple[np.ndarray, np.ndarray | None]:
     """What a norm multiplies by and adds."""
     bias = getattr(norm, "bias", None)
-    scale = np.asarray(norm.scale, float) + getattr(norm, "unit_offset", False)
+    scale = np.ones(1) if norm.scale is None else np.asarray(norm.scale, float) + getattr(norm, "unit_offset", False)
     return scale, None if bias is None else np.asarray(bias, float)
 
 
 def _unit(norm: Norm) -> Norm:
     """The norm without scale and bias, of the same structure."""
-    unit = dataclasses.replace(norm, scale=jnp.full_like(norm.scale, 1 - getattr(norm, "unit_offset", False)))
-    if isinstance(unit, LayerNorm) and unit.bias is not None:
-        unit = dataclasses.replace(unit, bias=jnp.zeros_like(unit.bias))
-    return unit
+    if isinstance(norm, LayerNorm):
+        scale, bias = jax.tree.map(jnp.ones_like, norm.scale), jax.tree.map(jnp.zeros_like, norm.bias)
+        return dataclasses.replace(norm, scale=scale, bias=bias)
+    return dataclasses.replace(norm, scale=jnp.full_like(norm.scale, 1 - norm.unit_offset))
 
 
 def _layer_norm(model: Transformer) -> bool:

@@ -20,13 +20,14 @@ from jaxwalk.config import ConfigError, ModelConfig
 from jaxwalk.pretrained._export import export
 from jaxwalk.pretrained._family import Family, Store, assemble, families, family_of, read_config
 from jaxwalk.pretrained._gguf import GGUFFile, GGUFTensors
-from jaxwalk.pretrained._hub import download, is_repository
+from jaxwalk.pretrained._hub import download, is_repository, revisions
 from jaxwalk.pretrained._safetensors import PICKLED, Safetensors, files_of, refusal
+from jaxwalk.pretrained._series import by_step, name_of, subfolders
 from jaxwalk.pretrained._tokenizer import of_folder, of_gguf
 from jaxwalk.text import Vocabulary
 from jaxwalk.transformer import Transformer
 
-__all__ = ["config_of", "export", "is_foreign", "load", "names"]
+__all__ = ["config_of", "export", "is_foreign", "load", "names", "series"]
 
 _WEIGHTS = (".safetensors", ".gguf", *PICKLED)
 
@@ -34,6 +35,22 @@ _WEIGHTS = (".safetensors", ".gguf", *PICKLED)
 def names() -> tuple[str, ...]:
     """The names of all families."""
     return tuple(families())
+
+
+def series(source: str | os.PathLike[str], stage: str | None = None) -> dict[int, str]:
+    """The steps of training that a source has, in order: step -> the revision or the sub-folder that its model is in.
+
+    source: the id of a repository with branches or tags named after steps, as Pythia's ("step1000") and OLMo's
+        ("step1000-tokens4B", "stage1-step1000-tokens5B") are; or a folder with sub-folders so named, or as
+        transformers' Trainer names them ("checkpoint-1000"). There are none elsewhere.
+    stage: what comes before the step ("stage2-ingredient1") where steps are counted anew; by default the first by name.
+
+    Without a network a repository's steps are those in the hub's cache. `load(source, step=...)` loads one. Raises
+    CheckpointError for two names of one step, and where nothing can be known of a repository; ConfigError for a stage
+    that is not there.
+    """
+    names = revisions(str(source)) if _on_hub(source) else subfolders(Path(source))
+    return by_step(names, stage)
 
 
 def load(
@@ -47,11 +64,13 @@ def load(
     """A model and its vocabulary: `model, vocabulary`. The vocabulary is None where there is none.
 
     source: a run's folder, or one step copied from it; a folder as Hugging Face's transformers writes it, with
-        config.json, safetensors and perhaps tokenizer.json; a .safetensors file, with these beside it; a .gguf file;
-        or the id of a repository on the Hugging Face hub.
+        config.json, safetensors and perhaps tokenizer.json, or one with such sub-folders, named after steps of
+        training; a .safetensors file, with these beside it; a .gguf file; or the id of a repository on the Hugging Face
+        hub.
     dtype: of parameters and computation. Tensors are cast one by one, so that there are never two copies of a model.
     mesh: devices to place the parameters on, in parts, as training does; by default all are on one device.
-    step: of a run: a kept step's number, the latest, or the best by evaluation loss.
+    step: of a run: a kept step's number, the latest, or the best by evaluation loss. Of a pretrained model: one of
+        `series(source)`; by default the model itself, or the latest where there are only steps.
     revision: of a repository on the hub: a branch, tag or commit.
 
     The vocabulary has encode(str) -> [N], which adds no special tokens, decode([N]) -> str, and begin: id or None.
@@ -64,21 +83,21 @@ def load(
         raise ConfigError(f"dtype: expected a floating-point one, got {dtype}. Parameters are real numbers.")
     if _is_run(source, revision):
         return checkpoint.load(source, dtype, mesh, step=step)
-    if step != "latest":
-        raise ConfigError(f"step: expected a run's folder to take it from, got {source}. Leave it out.")
-    found = _opened(source, revision)
+    found = _opened(source, step, revision)
     model = assemble(found.family, found.config, found.tensors(), dtype, mesh, found.place)
     return model, found.vocabulary()
 
 
-def config_of(source: str | os.PathLike[str], *, revision: str | None = None) -> ModelConfig:
+def config_of(
+    source: str | os.PathLike[str], *, step: int | Literal["latest"] = "latest", revision: str | None = None
+) -> ModelConfig:
     """The model that `load` makes of a foreign `source`, without its parameters: to initialise one like it, say.
 
     Raises as `load` does, and ConfigError for a run's folder, which has its config in `checkpoint.Run`.
     """
     if _is_run(source, revision):
         raise ConfigError(f"source: expected a pretrained model, got {source}. See jaxwalk.checkpoint.Run for runs.")
-    return _opened(source, revision).config
+    return _opened(source, step, revision).config
 
 
 def is_foreign(source: str | os.PathLike[str]) -> bool:
@@ -97,27 +116,33 @@ class _Opened(NamedTuple):
 
 
 def _is_run(source: str | os.PathLike[str], revision: str | None) -> bool:
-    path = Path(source)
-    on_hub = _on_hub(source)
+    path, on_hub = Path(source), _on_hub(source)
     if revision is not None and not on_hub:
         raise ConfigError(f"revision: expected a repository on the hub to take it from, got {path}.")
-    return not on_hub and not path.is_file() and not _is_foreign(path)
+    if on_hub or path.is_file() or _is_foreign(path):
+        return False
+    return (path / "config.json").is_file() or not series(path)
 
 
-def _on_hub(source: str | os.PathLike[str]) -> bool:
+def _opened(source: str | os.PathLike[str], step: int | Literal["latest", "best"], revision: str | None) -> _Opened:
     path = Path(source)
-    return not path.exists() and is_repository(source) and path.suffix not in _WEIGHTS
-
-
-def _opened(source: str | os.PathLike[str], revision: str | None) -> _Opened:
-    path = Path(source)
+    if revision is not None and step != "latest":
+        raise ConfigError(f"step: expected no revision beside it, got {revision!r}, which is one step already.")
     if _on_hub(source):
+        revision = revision if step == "latest" else name_of(step, series(source), source)
         return _opened_folder(download(str(source), revision))
+    if step != "latest" or not (path.is_file() or _is_foreign(path)):
+        return _opened(path / name_of(step, series(path), path), "latest", None)
     if path.is_file():
         return _opened_file(path)
     if not (path / "config.json").is_file():
         return _opened_file(next(path.glob("*.gguf")))
     return _opened_folder(path)
+
+
+def _on_hub(source: str | os.PathLike[str]) -> bool:
+    path = Path(source)
+    return not path.exists() and is_repository(source) and path.suffix not in _WEIGHTS
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -86,6 +86,7 @@ def _config_of(model: Transformer) -> ModelConfig:
         placement=model.layers[0].placement,
         norm="rms_norm" if isinstance(norm, RMSNorm) else "layer_norm",
         norm_bias=isinstance(norm, LayerNorm) and norm.bias is not None,
+        norm_scale=norm.scale is not None,
         norm_eps=norm.eps,
         positions=kinds[type(model.positions)],
         tied=model.unembed.weight is None,

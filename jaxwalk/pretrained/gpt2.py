@@ -10,6 +10,7 @@ from jaxwalk.pretrained._family import GGUF, Family, Keys, Tensors, first_layer
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
     "relu": "relu",
     "silu": "silu",
