@@ -95,6 +95,17 @@ CASES = {
             "layer_norm_epsilon": 1e-3,
         },
     ),
+    "rwkv": (
+        "RwkvConfig",
+        {
+            "vocab_size": V,
+            "hidden_size": D,
+            "num_hidden_layers": 3,
+            "intermediate_size": 48,
+            "context_length": 24,
+            "rescale_every": 0,
+        },
+    ),
 }
 
 
@@ -145,12 +156,12 @@ def compare(theirs, ours, path, atol=1e-4):
         out = theirs(torch.tensor(path)[None], output_hidden_states=True)
     walk = jax.jit(jw.encoding_walk)(ours, path)
     hidden = [h[0].numpy() for h in out.hidden_states]
-    blocks = theirs.config.num_hidden_layers
+    blocks, halved = theirs.config.num_hidden_layers, getattr(theirs.config, "rescale_every", 0)
     after_blocks = walk.stations[:: 2 * ours.depth // blocks]
     stations = after_blocks[1:] if theirs.config.model_type in RECURRENT else after_blocks[:-1]
     assert len(hidden) == blocks + 1
-    for station, expected in zip(stations, hidden[:-1], strict=True):
-        np.testing.assert_allclose(station, expected, atol=atol)
+    for number, (station, expected) in enumerate(zip(stations, hidden[:-1], strict=True), start=1):
+        np.testing.assert_allclose(station, expected * (2 ** (number // halved) if halved else 1), atol=atol)
     np.testing.assert_allclose(walk.context, hidden[-1], atol=atol)
     expected = torch.log_softmax(out.logits[0].double(), -1).numpy()
     np.testing.assert_allclose(jax.jit(jw.next_log_probs)(ours, path), expected, atol=atol)
@@ -173,10 +184,12 @@ def test_gradients_for_the_token_vectors(pair):
     _, theirs, ours = pair
     path = tokens(1)
     vectors = theirs.get_input_embeddings().weight[torch.tensor(path)].detach().requires_grad_()
-    log_probs = torch.log_softmax(theirs(inputs_embeds=vectors[None]).logits[0], -1)
+    log_probs = torch.log_softmax(theirs(inputs_embeds=vectors[None], use_cache=False).logits[0], -1)
     log_probs[torch.arange(T - 1), torch.tensor(path[1:])].sum().backward()
     expected = vectors.grad.numpy()
     got = jax.jit(jw.path_gradient)(ours, path)
+    if ours.embed.norm is not None:  # theirs is for what is normed
+        (got,) = jax.vjp(jax.vmap(ours.embed.norm), ours.embed.table[path])[1](got)
     np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
 
 
@@ -222,6 +235,16 @@ def test_saved_without_its_head(pair, tmp_path):
     else:
         with pytest.raises(jw.checkpoint.CheckpointError, match=r"missing: (lm_)?head\.weight\."):
             jw.load(tmp_path)
+
+
+def test_halving_the_stream_changes_an_epsilon_and_nothing_else(tmp_path):
+    kind, choices = CASES["rwkv"]
+    theirs = randomised(getattr(transformers, kind)(**{**choices, "rescale_every": 2}), scale=0.2)
+    theirs.save_pretrained(tmp_path)
+    for number, block in enumerate(theirs.rwkv.blocks):
+        block.ln1.eps = block.ln2.eps = 1e-5 / 4 ** (number // 2)
+    theirs.rwkv.ln_out.eps = 1e-5 / 4
+    compare(theirs, jw.load(tmp_path)[0], tokens(7), atol=1e-5)
 
 
 def test_sharded_and_narrow(pair, tmp_path):

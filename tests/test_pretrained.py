@@ -243,8 +243,17 @@ PUBLISHED = {
         "time_step_rank": 256,
         "time_step_scale": 1.0,
     },
+    "rwkv": {
+        "attention_hidden_size": 32,
+        "context_length": 64,
+        "intermediate_size": 128,
+        "layer_norm_epsilon": 1e-05,
+        "rescale_every": 6,
+        "tie_word_embeddings": False,
+    },
 }
-SHARED = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 7, "expand": 2, "residual_in_fp32": True}
+MAMBA = {"expand": 2, "residual_in_fp32": True}
+SHARED = {"mamba": MAMBA, "mamba2": MAMBA, "rwkv": {}}
 
 
 @pytest.mark.parametrize(
@@ -259,14 +268,18 @@ SHARED = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 7, "expand": 
         ("mamba2", {"time_step_limit": [0.0, {"__float__": "Infinity"}]}, None),
         ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit: expected \[0.0, inf\], got \[0.0, 0.1\]"),
         ("mamba2", {"head_dim": 8}, "head_dim: expected 16, got 8"),
+        ("rwkv", {}, None),
+        ("rwkv", {"attention_hidden_size": 48}, "attention_hidden_size: expected 32, got 48"),
+        ("rwkv", {"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon: expected 1e-05, got 0.001"),
         ("mamba2", {"rms_norm": False, "intermediate_size": 96}, "intermediate_size: .*rms_norm: expected True"),
     ],
 )
 def test_configs_of_published_recurrent_models(kind, changes, expected):
-    given = {"model_type": kind, **SHARED, **PUBLISHED[kind], **changes}
+    given = {"model_type": kind, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 7}
+    given |= {**SHARED[kind], **PUBLISHED[kind], **changes}
     if expected is None:
         config = read_config(family_of(kind), given)
-        assert (config.width, config.depth, config.filter) == (32, 2, None)
+        assert (config.width, config.depth, config.filter) == (32, 4 if kind == "rwkv" else 2, None)
         return
     with pytest.raises(CheckpointError, match=expected):
         read_config(family_of(kind), given)
