@@ -71,19 +71,14 @@ CHOICES = {
     },
     "res_post-offset": {
         "placement": "res_post",
+        "embed_norm": True,
         "position_offset": 2,
         "unembed_bias": True,
         "logit_softcap": 3.0,
         "aggregate": attention("attention", positions="rope", rope_width=2, qk_norm=True, qk_norm_over="width"),
         "filter": jw.MLPConfig(gated=True, activation="silu"),
     },
-    "parallel-means-tied": {
-        "placement": "parallel",
-        "aggregate": ("causal_mean", "identity"),
-        "tied": True,
-        "embed_scale": 2.0,
-        "embed_norm": True,
-    },
+    "parallel-means-tied": {"placement": "parallel", "aggregate": ("causal_mean", "identity"), "tied": True},
 }
 each = pytest.mark.parametrize("name", CHOICES)
 
