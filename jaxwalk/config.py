@@ -230,6 +230,8 @@ class ModelConfig(Checked):
     """Row of the learned table that position 0 has: 2 in OPT. The table has max_length + position_offset rows."""
     embed_scale: float = 1.0
     """What rows of the embedding matrix are multiplied by to be token vectors: sqrt(width) in Gemma."""
+    embed_norm: bool = False
+    """Whether they are normed, too, to be token vectors: in BLOOM and RWKV. Positions are added after it."""
     tied: bool = False
     """Whether the output vectors are the rows of the embedding matrix."""
     unembed_bias: bool = False

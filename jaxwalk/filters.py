@@ -65,25 +65,28 @@ TABLE_STD = 0.02  # of token, position and output vectors at the start, as in GP
 
 @module
 class Embed(nnx.Module):
-    """Token id -> token vector e_v: row v of the embedding matrix, times `scale`. An id out of range gives NaN.
+    """Token id -> token vector e_v: row v of the embedding matrix, times `scale`, normed. An id out of range gives NaN.
 
-    `scale` is rounded to the dtype of the matrix, as where it was trained.
+    `scale` is rounded to the dtype of the matrix, as where it was trained. A norm here (BLOOM, RWKV) is a map of one
+    token, which no context enters: its bias and its statistics are the token vector's own.
     """
 
     table: Float[Array, "V D"] = nnx.data()
     scale: float = 1.0
+    norm: "Norm | None" = nnx.data(default=None)
 
     @staticmethod
-    def init(vocab_size: int, width: int, *, scale: float = 1.0, key: Key) -> "Embed":
-        """Normal token vectors, of one size whatever the scale."""
-        return Embed(normal(key, (vocab_size, width), TABLE_STD / scale), scale)
+    def init(vocab_size: int, width: int, *, scale: float = 1.0, norm: "Norm | None" = None, key: Key) -> "Embed":
+        """Normal token vectors, before a norm of one size whatever the scale."""
+        return Embed(normal(key, (vocab_size, width), TABLE_STD / scale), scale, norm)
 
     def __call__(self, token: Int[Array, ""]) -> Float[Array, " D"]:
-        return self.scaled(row(self.table, token))
+        return self.vector(row(self.table, token))
 
-    def scaled(self, rows: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        """Rows of the embedding matrix as token vectors."""
-        return rows if self.scale == 1 else rows * self.scale
+    def vector(self, row: Float[Array, " D"]) -> Float[Array, " D"]:
+        """A row of the embedding matrix as a token vector."""
+        scaled = row if self.scale == 1 else row * self.scale
+        return scaled if self.norm is None else self.norm(scaled)
 
 
 @module

@@ -189,12 +189,12 @@ class Transformer(nnx.Module):
 
     @property
     def token_vectors(self) -> Float[Array, "V D"]:
-        """e_v, one row a token: the embedding matrix, times its scale."""
-        return self.embed.scaled(self.embed.table)
+        """e_v, one row a token: the embedding matrix, times its scale, each row normed where there is a norm of it."""
+        return jax.vmap(self.embed.vector)(self.embed.table)
 
     @property
     def output_vectors(self) -> Float[Array, "V D"]:
-        """U, one row a token; the embedding matrix (not times its scale) where tied."""
+        """U, one row a token; the embedding matrix (neither scaled nor normed) where tied."""
         return self.embed.table if self.unembed.weight is None else self.unembed.weight
 
     def context(self, station: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
@@ -443,7 +443,13 @@ def init(config: ModelConfig, key: Key) -> Transformer:
             )
         )
     return Transformer(
-        embed=Embed.init(config.vocab_size, config.width, scale=config.embed_scale, key=stream(key, "embed")),
+        embed=Embed.init(
+            config.vocab_size,
+            config.width,
+            scale=config.embed_scale,
+            norm=norm() if config.embed_norm else None,
+            key=stream(key, "embed"),
+        ),
         positions=positions,
         layers=tuple(layers),
         norm=None if config.placement == "post" else norm(),

@@ -75,6 +75,7 @@ VARIANTS = {name: (name, {}) for name in jw.aggregates.names()} | {
     "gru-hidden5-nobias": ("gru", {"hidden": 5, "bias": False}),
     "lstm-hidden5-nobias": ("lstm", {"hidden": 5, "bias": False}),
     "min_gru-positive-hidden5": ("min_gru", {"positive": True, "hidden": 5}),
+    "rwkv4_channel_mix-hidden5": ("rwkv4_channel_mix", {"hidden": 5}),
     "rwkv7-heads2-ranks": ("rwkv7", {"heads": 2, "rank": 3, "gate_rank": 5, "chunk": 5}),
     "causal_conv-taps20-nobias": ("causal_conv", {"taps": 20, "bias": False}),
     "mamba-bias-state3-rank2": ("mamba", {"bias": True, "conv_bias": False, "state": 3, "dt_rank": 2, "conv": 1}),

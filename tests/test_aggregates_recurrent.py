@@ -15,12 +15,13 @@ from tests.conftest import model_of, normal, perturbed, to64
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 
 D, T = 16, 12
-NAMES = ("gru", "lstm", "min_gru", "rwkv4", "rwkv7")
+NAMES = ("gru", "lstm", "min_gru", "rwkv4", "rwkv4_channel_mix", "rwkv7")
 CHOICES = {
     "gru": [{}, {"hidden": 5, "bias": False}],
     "lstm": [{}, {"hidden": 5, "bias": False}],
     "min_gru": [{}, {"hidden": 5, "positive": True}],
     "rwkv4": [{}],
+    "rwkv4_channel_mix": [{}, {"hidden": 5}],
     "rwkv7": [{}, {"heads": 2, "rank": 3, "gate_rank": 5, "chunk": 5}],
 }
 CASES = [pytest.param(name, choices, id=f"{name}-{i}") for name in NAMES for i, choices in enumerate(CHOICES[name])]
@@ -90,6 +91,13 @@ def rwkv4(a, x, fresh):
         yield linear(a.out, sigmoid(r) * wkv)
 
 
+def rwkv4_channel_mix(a, x, fresh):
+    for t in range(len(x)):
+        before = fresh[t] * x[t - 1]
+        r, k = (s * x[t] + (1 - s) * before for s in np.asarray(a.shares))
+        yield sigmoid(linear(a.receptance, r)) * linear(a.down, np.maximum(linear(a.up, k), 0) ** 2)
+
+
 def rwkv7(a, x, fresh):
     H, K = a.heads, D // a.heads
     S = np.zeros((H, K, K))
@@ -116,7 +124,14 @@ def rwkv7(a, x, fresh):
         yield linear(a.out, g * heads.reshape(-1))
 
 
-REFERENCES = {"gru": gru, "lstm": lstm, "min_gru": min_gru, "rwkv4": rwkv4, "rwkv7": rwkv7}
+REFERENCES = {
+    "gru": gru,
+    "lstm": lstm,
+    "min_gru": min_gru,
+    "rwkv4": rwkv4,
+    "rwkv4_channel_mix": rwkv4_channel_mix,
+    "rwkv7": rwkv7,
+}
 
 
 @pytest.mark.parametrize(("name", "choices"), CASES)
@@ -227,7 +242,7 @@ def test_a_memory_that_is_kept_for_ever_or_not_at_all(name):
 
 
 def test_impossible_choices_say_so():
-    for name in ("gru", "lstm", "min_gru"):
+    for name in ("gru", "lstm", "min_gru", "rwkv4_channel_mix"):
         with pytest.raises(ConfigError, match="hidden: expected at least 1, got 0"):
             jw.aggregates.config(name, hidden=0)
     for what in ("heads", "rank", "gate_rank", "chunk"):

@@ -82,7 +82,7 @@ def mamba2(a, x):
     E, H, G = len(a.scale), len(a.A_log), a.groups
     u, B, C = np.split(silu(convolved(a.conv, linear(a.mixed, x))), [E, (E + a.mixed.weight.shape[1]) // 2], axis=1)
     u, B, C = u.reshape(len(x), H, -1), B.reshape(len(x), G, -1), C.reshape(len(x), G, -1)
-    dt, y = softplus(linear(a.dt, x)), np.zeros(u.shape)
+    dt, y = softplus(linear(a.dt, x) + np.asarray(a.dt_bias)), np.zeros(u.shape)
     for h in range(H):
         S, g = np.zeros((B.shape[-1], E // H)), h // (H // G)
         for t in range(len(x)):
@@ -197,7 +197,7 @@ def test_it_starts_as_the_paper_says(name):
     if name == "mamba2":
         assert 1 <= np.exp(aggregate.A_log).min() <= np.exp(aggregate.A_log).max() <= 16
     if name in ("mamba", "mamba2"):
-        steps = softplus(np.array(aggregate.dt.bias))
+        steps = softplus(np.array(aggregate.dt.bias if name == "mamba" else aggregate.dt_bias))
         assert 0.00099 < steps.min() < steps.max() < 0.1001
         assert (aggregate.skip == 1).all()
     if name == "s4d":
@@ -265,6 +265,7 @@ def test_impossible_choices_say_so():
         ("mamba", {"state": 0}, "state: expected at least 1, got 0"),
         ("mamba", {"dt_rank": 0}, "dt_rank: expected at least 1, got 0"),
         ("mamba2", {"heads": 0}, "heads: expected at least 1, got 0"),
+        ("mamba2", {"norm_eps": 0.0}, "norm_eps: expected more than 0, got 0"),
         ("mamba2", {"groups": 3}, "groups: expected a divisor of heads = 4, got 3"),
         ("s4d", {"state": 5}, "state: expected an even number of at least 2, got 5"),
         ("s4d", {"dt_min": 0.2}, "dt_max: expected 0 < dt_min <= dt_max, got dt_min = 0.2, dt_max = 0.1"),

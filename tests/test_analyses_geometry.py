@@ -213,7 +213,7 @@ def change(model):
 
 
 # Token shifts, and state spaces of each channel or with a direct term, meet single coordinates.
-COORDINATES = {"lru", "rwkv4", "rwkv7", "s4d", "s5"}
+COORDINATES = {"lru", "rwkv4", "rwkv4_channel_mix", "rwkv7", "s4d", "s5"}
 
 
 @pytest.mark.parametrize("norm", [pytest.param("rms_norm", marks=pytest.mark.slow), "layer_norm"])
@@ -244,6 +244,7 @@ def test_rotating_the_space_changes_no_law(aggregate, norm):
             "norm": "rms_norm",
             "norm_unit_offset": True,
             "embed_scale": 4.0,
+            "embed_norm": True,
             "logit_softcap": 2.0,
             "position_offset": 2,
             "tied": True,

@@ -76,7 +76,7 @@ def test_every_rotary_scaling_round_trips(scaling):
 
 def test_a_config_from_before_a_choice_is_todays_default():
     data = to_dict(MODEL)
-    new = ("norm_unit_offset", "position_offset", "embed_scale", "logit_softcap")
+    new = ("norm_unit_offset", "position_offset", "embed_scale", "embed_norm", "logit_softcap")
     old = {name: value for name, value in data.items() if name not in new}
     new = ("rope_width", "rope_scaling", "scale", "softcap", "qk_norm_over", "qk_norm_eps", "out_bias")
     old["aggregate"] = ["causal_mean", {k: v for k, v in data["aggregate"][1].items() if k not in new}]

@@ -36,6 +36,13 @@ MODELS = {
     "no-filter": {"filter": None, "aggregate": ("attention", "causal_mean")},
     "sinusoidal": {"positions": "sinusoidal", "aggregate": "fixed_mixing", "scan": True},
     "recurrences": {"aggregate": ("retention", "gated_delta_net"), "filter": None},
+    "rwkv": {
+        "aggregate": ("rwkv4", "rwkv4_channel_mix"),
+        "filter": None,
+        "positions": "none",
+        "embed_norm": True,
+        "embed_scale": 2.0,
+    },
     "recurrences-post": {
         "aggregate": ("gated_linear_attention", "delta_net", "linear_attention"),
         "depth": 3,
@@ -160,7 +167,7 @@ def test_the_parts_are_slopes_of_the_walk_with_its_coefficients_frozen(name, x64
     """By values alone: the model written out in numpy, every coefficient a number of its own walk, and differences."""
     model = model64(name)
     walk = jax.tree.map(np.asarray, model.walk(TOKENS, record_mixing=tuple(range(model.depth))))
-    vectors = model.embed.scale * np.asarray(model.embed.table)[TOKENS]
+    vectors = np.asarray(model.token_vectors)[TOKENS]
     frozen = functools.partial(frozen_context, model, walk)
     parts = d.decompose(model, TOKENS)
     np.testing.assert_allclose(frozen(vectors), parts.whole, 1e-10, 1e-11)
@@ -200,7 +207,13 @@ def frozen_context(model, walk, vectors):
             y, y_was = (a - a.mean(-1, keepdims=True) for a in (y, y_was))
         if name in ("Retention", "GatedLinearAttention", "DeltaNet", "GatedDeltaNet"):
             y = y / np.sqrt((y_was**2).mean(-1, keepdims=True) + 1e-5)
-        y = y.transpose(1, 0, 2).reshape(y.shape[1], -1)
+        y, y_was = (a.transpose(1, 0, 2).reshape(a.shape[1], -1) for a in (y, y_was))
+        if name == "RWKV4":
+            y = y[:, : len(y[0]) // 2] + y[:, len(y[0]) // 2 :]
+        if name == "RWKV4ChannelMix":
+            (receptance, hidden), (_, k) = np.split(y_was, 2, 1), np.split(y, 2, 1)
+            receptance, hidden = linear(aggregate.receptance, receptance), linear(aggregate.up, hidden)
+            return linear(aggregate.down, np.maximum(hidden, 0) * linear(aggregate.up, k)) / (1 + np.exp(-receptance))
         if hasattr(aggregate, "gate"):
             gate = linear(aggregate.gate, h_was)
             y = gate / (1 + np.exp(-gate)) * y

@@ -143,6 +143,17 @@ def test_a_scaled_embedding_and_positions_from_an_offset():
     assert np.isnan(rows[2:]).all()
 
 
+def test_a_normed_embedding():
+    """The scale comes before the norm, which then sees it in its epsilon alone."""
+    scale, bias = normal(1, D), normal(2, D)
+    embed = f.Embed(normal(0, 5, D), 3.0, f.LayerNorm(scale, bias, eps=2.0))
+    row = 3 * np.array(embed.table[4], float)
+    expected = (row - row.mean()) / np.sqrt(row.var() + 2) * np.array(scale) + np.array(bias)
+    np.testing.assert_allclose(embed(jnp.array(4)), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(embed.vector)(embed.table)[4], expected, atol=1e-5)
+    assert np.isnan(embed(jnp.array(5))).all()
+
+
 def test_the_gate_of_a_soft_cap_is_the_quotient_and_its_limit(x64):
     a = jnp.concatenate([jnp.linspace(-40, 40, 101), 10.0 ** -jnp.arange(0.0, 12), jnp.zeros(1)])
     gate = jax.jit(f.softcap_gate, static_argnums=1)(a, 3.0)

@@ -83,6 +83,7 @@ def test_mamba2(groups, bias, conv_bias):
         head_dim=8,
         state_size=6,
         n_groups=groups,
+        layer_norm_epsilon=1e-3,
         conv_kernel=4,
         chunk_size=16,
         use_bias=bias,
@@ -90,18 +91,18 @@ def test_mamba2(groups, bias, conv_bias):
     )
     mixer = randomised(Mamba2Mixer(config, 0))
     gate, mixed, dt = split(mixer.in_proj, 2 * D, 2 * D + mixer.conv_dim)
-    # Its bias of dt is apart from that of the map.
-    dt = Linear(dt.weight, array(mixer.dt_bias) + (0 if dt.bias is None else dt.bias))
     aggregate = jw.aggregates.mamba2.Mamba2(
         mixed=mixed,
         gate=gate,
         dt=dt,
+        dt_bias=array(mixer.dt_bias),
         conv=short(mixer.conv1d),
         A_log=array(mixer.A_log),
         skip=array(mixer.D),
         scale=array(mixer.norm.weight),
         out=linear(mixer.out_proj),
         groups=groups,
+        norm_eps=1e-3,
         chunk=8,
     )
     same(aggregate, mixer)

@@ -312,6 +312,84 @@ def test_a_family_that_is_not_here(exported):
     assert {"gpt2", "llama"} <= set(jw.pretrained.names())
 
 
+# As the repositories have them whose models these are: conversions have kept keys of the original format.
+PUBLISHED = {
+    "mamba": {
+        "d_inner": 64,
+        "d_model": 32,
+        "fused_add_norm": True,
+        "intermediate_size": 64,
+        "n_layer": 2,
+        "pad_vocab_size_multiple": 8,
+        "rms_norm": True,
+        "ssm_cfg": {},
+        "state_size": 16,
+        "time_step_init_scheme": "random",
+        "time_step_rank": 48,
+        "use_cache": True,
+    },
+    "mamba2": {
+        "chunk_size": 256,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "n_groups": 2,
+        "norm_before_gate": True,
+        "num_heads": 4,
+        "rms_norm": True,
+        "time_step_limit": [0.0, float("inf")],
+        "time_step_rank": 256,
+        "time_step_scale": 1.0,
+    },
+    "rwkv": {
+        "attention_hidden_size": 32,
+        "context_length": 64,
+        "intermediate_size": 128,
+        "layer_norm_epsilon": 1e-05,
+        "rescale_every": 6,
+        "tie_word_embeddings": False,
+    },
+}
+MAMBA = {"expand": 2, "residual_in_fp32": True}
+SHARED = {"mamba": MAMBA, "mamba2": MAMBA, "rwkv": {}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        ("mamba", {}, None),
+        ("mamba", {"time_step_rank": "auto"}, None),
+        ("mamba", {"ssm_cfg": {"d_state": 8}, "n_layer": 3}, "n_layer: expected 2, got 3.*ssm_cfg: expected {}, got"),
+        ("mamba", {"hidden_act": "gelu"}, "hidden_act: expected one of silu, swish, got 'gelu'"),
+        ("mamba", {"attn_layer_idx": [1]}, r"not known: attn_layer_idx = \[1\]"),
+        ("mamba2", {}, None),
+        ("mamba2", {"time_step_limit": [0.0, {"__float__": "Infinity"}]}, None),
+        ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit: expected \[0.0, inf\], got \[0.0, 0.1\]"),
+        ("mamba2", {"head_dim": 8}, "head_dim: expected 16, got 8"),
+        ("rwkv", {}, None),
+        ("rwkv", {"attention_hidden_size": 48}, "attention_hidden_size: expected 32, got 48"),
+        ("rwkv", {"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon: expected 1e-05, got 0.001"),
+        ("mamba2", {"rms_norm": False, "intermediate_size": 96}, "intermediate_size: .*rms_norm: expected True"),
+    ],
+)
+def test_configs_of_published_recurrent_models(kind, changes, expected):
+    given = {"model_type": kind, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 7}
+    given |= {**SHARED[kind], **PUBLISHED[kind], **changes}
+    if expected is None:
+        config = read_config(family_of(kind), given)
+        assert (config.width, config.depth, config.filter) == (32, 4 if kind == "rwkv" else 2, None)
+        return
+    with pytest.raises(CheckpointError, match=expected):
+        read_config(family_of(kind), given)
+
+
+def test_a_config_of_another_format(exported):
+    """As state-spaces/mamba-130m has it."""
+    _, folder = exported
+    (folder / "config.json").write_text(json.dumps({"d_model": 768, "n_layer": 24, "ssm_cfg": {}, "rms_norm": True}))
+    with pytest.raises(CheckpointError, match=r"no model_type: expected one of .*mamba.*ends in '-hf': give that"):
+        jw.load(folder)
+
+
 def test_tensors_are_named_all_at_once(exported):
     _, folder = exported
     tensors = tensors_of(folder)

@@ -71,6 +71,7 @@ CHOICES = {
     },
     "res_post-offset": {
         "placement": "res_post",
+        "embed_norm": True,
         "position_offset": 2,
         "unembed_bias": True,
         "logit_softcap": 3.0,
@@ -328,7 +329,7 @@ def test_stations_are_as_described(placement):
 
     @jax.jit
     def by_hand(m):
-        x = 3 * m.embed.table[TOKENS] + m.positions.table[2 : T + 2]
+        x = jax.vmap(m.embed.norm)(3 * m.embed.table[TOKENS]) + m.positions.table[2 : T + 2]
         stations, moves = [x], []
         for layer in m.layers:
 
@@ -348,7 +349,14 @@ def test_stations_are_as_described(placement):
         free = context @ m.unembed.weight.T + m.unembed.bias[None]
         return jnp.stack(stations), jnp.stack(moves), context, 2 * jnp.tanh(free / 2)
 
-    m = model_of(placement=placement, embed_scale=3.0, position_offset=2, logit_softcap=2.0, unembed_bias=True)
+    m = model_of(
+        placement=placement,
+        embed_scale=3.0,
+        embed_norm=True,
+        position_offset=2,
+        logit_softcap=2.0,
+        unembed_bias=True,
+    )
     assert (m.layers[0].aggregate_out_norm is None) == (placement != "sandwich")
     expected = by_hand(m)
     walk, logits = jax.jit(lambda m: (w := m.walk(TOKENS), jax.vmap(m.logits)(w.context)))(m)

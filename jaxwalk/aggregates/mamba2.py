@@ -38,7 +38,9 @@ class Config(AggregateConfig):
     """Of the short convolution. With it there are twice as many channels of values: those that carry the bias are
     sources of their own."""
     bias: bool = False
-    """Of the maps in and out."""
+    """Of the maps in and out, that to dt among them, which has a `dt_bias` besides."""
+    norm_eps: float = 1e-5
+    """Of the norm in the readout."""
     chunk: int = 32
     """Positions that the parallel form takes at once: a matter of speed alone. Any length of sequence will do."""
 
@@ -46,6 +48,8 @@ class Config(AggregateConfig):
         for what in ("expand", "heads", "state", "groups", "conv", "chunk"):
             if getattr(self, what) < 1:
                 yield f"{what}: expected at least 1, got {getattr(self, what)}"
+        if not self.norm_eps > 0:
+            yield f"norm_eps: expected more than 0, got {self.norm_eps}"
         if self.groups >= 1 and self.heads % self.groups:
             yield f"groups: expected a divisor of heads = {self.heads}, got {self.groups}"
 
@@ -54,17 +58,18 @@ class Config(AggregateConfig):
         if E % H:
             raise ConfigError(f"heads: expected a divisor of expand * width = {E}, got {H}.")
         key_mixed, key_gate, key_conv, key_dt, key_bias, key_rate, key_out = jax.random.split(key, 7)
-        dt = Linear.init(width, H, bias=False, key=key_dt)
         return Mamba2(
             mixed=Linear.init(width, mixed, bias=self.bias, key=key_mixed),
             gate=Linear.init(width, E, bias=self.bias, key=key_gate),
-            dt=Linear(dt.weight, softplus_inverse(steps_between(key_bias, (H,), 0.001, 0.1))),
+            dt=Linear.init(width, H, bias=self.bias, key=key_dt),
+            dt_bias=softplus_inverse(steps_between(key_bias, (H,), 0.001, 0.1)),
             conv=ShortConvolution.init(mixed, self.conv, bias=self.conv_bias, key=key_conv),
             A_log=jnp.log(jax.random.uniform(key_rate, (H,), jnp.float32, 1, 16)),
             skip=jnp.ones(H, jnp.float32),
             scale=jnp.ones(E, jnp.float32),
             out=Linear.init(E, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
             groups=self.groups,
+            norm_eps=self.norm_eps,
             chunk=self.chunk,
         )
 
@@ -92,11 +97,11 @@ class State(NamedTuple):
 class Mamba2(Aggregate):
     """S_i = exp(dt_i A) S_(i-1) + dt_i B_i u_i^T, y_i = S_i^T C_i + D u_i, per head of P channels.
 
-    u, B, C = silu(conv(mixed(x))); A = -exp(A_log); dt = softplus(dt(x)). The readout is out(RMSNorm(silu(gate(x)) *
-    y)), group by group. G is the channels, as the convolution is of each channel its own. Kind of A: exact. It is
-    what the head makes of its inputs, times the gate of their silu, times the convolution; D is on the diagonal of
-    the first. A bias of the convolution enters between the two, as further channels of values, added up in the
-    readout. Held, besides A, are silu(gate(x)) and 1/rms.
+    u, B, C = silu(conv(mixed(x))); A = -exp(A_log); dt = softplus(dt(x) + dt_bias). The readout is
+    out(RMSNorm(silu(gate(x)) * y)), group by group. G is the channels, as the convolution is of each channel its own.
+    Kind of A: exact. It is what the head makes of its inputs, times the gate of their silu, times the convolution; D is
+    on the diagonal of the first. A bias of the convolution enters between the two, as further channels of values, added
+    up in the readout. Held, besides A, are silu(gate(x)) and 1/rms.
     """
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
@@ -107,6 +112,7 @@ class Mamba2(Aggregate):
     """To u, B and C before the convolution, in this order."""
     gate: Linear = nnx.data()
     dt: Linear = nnx.data()
+    dt_bias: Float[Array, " H"] = nnx.data()
     conv: ShortConvolution = nnx.data()
     A_log: Float[Array, " H"] = nnx.data()
     skip: Float[Array, " H"] = nnx.data()
@@ -115,6 +121,7 @@ class Mamba2(Aggregate):
     """Of the norm."""
     out: Linear = nnx.data()
     groups: int
+    norm_eps: float
     chunk: int
 
     @property
@@ -156,7 +163,7 @@ class Mamba2(Aggregate):
         sets = y[..., 0].reshape(-1, self._channels, y.shape[1])
         gated = held(jax.nn.silu(jax.vmap(self.gate)(x)), hold) * sets.sum(0).T
         grouped = gated.reshape(len(x), self.groups, -1)
-        return jax.vmap(self.out)(_normalised(grouped, hold).reshape(len(x), -1) * self.scale[None])
+        return jax.vmap(self.out)(_normalised(grouped, self.norm_eps, hold).reshape(len(x), -1) * self.scale[None])
 
     def _select(self, x: Float[Array, "T D"], convolved: Float[Array, "T M"]) -> Selected:
         E, H, dtype = self._channels, len(self.A_log), wide(x.dtype)
@@ -164,7 +171,7 @@ class Mamba2(Aggregate):
         u, B, C = jnp.split(jax.nn.silu(convolved).astype(dtype), [E, E + self.groups * N], axis=-1)
         B, C = (a.reshape(len(x), self.groups, N).transpose(1, 0, 2) for a in (B, C))
         B, C = (jnp.repeat(a, H // self.groups, axis=0) for a in (B, C))
-        dt = jax.nn.softplus(jax.vmap(self.dt)(x).astype(dtype)).T[..., None]
+        dt = jax.nn.softplus((jax.vmap(self.dt)(x) + self.dt_bias[None]).astype(dtype)).T[..., None]
         rates = jnp.exp(self.A_log.astype(dtype))
         return Selected(C, dt * B, -rates[:, None, None] * dt, u.reshape(len(x), H, -1).transpose(1, 0, 2))
 
@@ -208,10 +215,10 @@ class Mamba2(Aggregate):
         return State(inputs, S, position, state.length), jnp.where(position <= state.length, y, jnp.nan)
 
 
-def _normalised(y: Float[Array, "*n E"], hold: bool) -> Float[Array, "*n E"]:
+def _normalised(y: Float[Array, "*n E"], eps: float, hold: bool) -> Float[Array, "*n E"]:
     """y / sqrt(mean y^2 + eps). The size of y is taken out first: what is read of a state may have a square that
     float32 does not hold."""
     wider = y.astype(wide(y.dtype))
     size = lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(wider), -1, keepdims=True), 1))
     unit = wider / size
-    return (unit * held(lax.rsqrt(jnp.mean(unit * unit, -1, keepdims=True) + 1e-5 / size / size), hold)).astype(y.dtype)
+    return (unit * held(lax.rsqrt(jnp.mean(unit * unit, -1, keepdims=True) + eps / size / size), hold)).astype(y.dtype)

@@ -67,7 +67,7 @@ class RWKV4(Aggregate):
     sum of weights, and value((1 - share) * x_j), with the same A moved back by a position. The readout adds the two.
 
     Shares, decays and bonus start as in the paper, which starts the matrices of r, k and `out` at zero: they start as
-    elsewhere here. The channel-mixing of RWKV is a filter with a token shift, and not part of this.
+    elsewhere here. The channel-mixing, which follows in a block of RWKV-4, is `rwkv4_channel_mix`.
     """
 
     granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"

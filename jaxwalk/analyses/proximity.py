@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, percentiles, resampled_means
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.filters import LayerNorm, LearnedPositions, Linear, Norm, SinusoidalPositions, Unembed
+from jaxwalk.filters import Embed, LayerNorm, LearnedPositions, Linear, Norm, SinusoidalPositions, Unembed
 from jaxwalk.transformer import Layer, Transformer
 
 FLOATS = 1 << 20
@@ -384,7 +384,7 @@ def rotate(model: Transformer, key: Array) -> Transformer:
     unembed = Unembed(_times(np.asarray(U, float) * scale, R, U.dtype), b, model.unembed.softcap)
     return dataclasses.replace(
         model,
-        embed=dataclasses.replace(model.embed, table=_times(model.embed.table, R)),
+        embed=Embed(_times(model.token_vectors, R)),
         positions=positions,
         layers=layers,
         norm=None if model.norm is None else _unit(model.norm),

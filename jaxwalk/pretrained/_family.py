@@ -81,9 +81,9 @@ class Keys:
             self.problems.append(f"{name}: expected a value, got none")
         return default[0] if value is None and default else value
 
-    def expect(self, name: str, value: Any) -> None:
-        """A key that must have this one value where it is given."""
-        if self(name, value) != value:
+    def expect(self, name: str, value: Any, *same: Any) -> None:
+        """A key that must have this one value, or one that means the same, where it is given."""
+        if self(name, value) not in (value, *same):
             self.problems.append(f"{name}: expected {value!r}, got {self.given[name]!r}, which is not supported")
 
     def choose(self, name: str, choices: Mapping[str, Any], default: str) -> Any:
@@ -146,8 +146,30 @@ class Tensor(NamedTuple):
         )
 
 
-Tensors = Mapping[str, str | Tensor | tuple[Tensor, ...]]
-"""Module of ours, "layers/{}/aggregate/qkv", or a parameter of it -> the stored tensors that it is concatenated of."""
+class Raw(NamedTuple):
+    """One stored tensor that is a parameter of ours in another layout, or rows of it, and no linear map's.
+
+    name: whole; "{}" stands for the layer.
+    shape: as stored.
+    layout: how the numbers lie here, as a view of the stored ones. Several tensors follow along the first axis.
+    A family that has any is not exported.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Callable[[np.ndarray], np.ndarray] = lambda array: array
+
+
+def causal_conv1d(name: str, channels: int, taps: int) -> Raw:
+    """The weight of a causal Conv1d of PyTorch, each channel for itself, whose last tap is of the position itself."""
+    return Raw(f"{name}.weight", (channels, 1, taps), lambda array: array[:, 0, ::-1].T)
+
+
+Tensors = Mapping[str, str | Tensor | tuple[Tensor, ...] | Raw | tuple[Raw, ...]]
+"""Module of ours, "layers/{}/aggregate/qkv", or a parameter of it -> the stored tensors that it is concatenated of.
+
+A path with "{}" is of all layers, and one with a number in its place of that layer. The closest path counts.
+"""
 
 
 class GGUF(NamedTuple):
@@ -250,6 +272,12 @@ def first_layer(config: ModelConfig) -> tuple[Any, Any]:
 def family_of(model_type: Any) -> Family:
     """The family of a config.json's model_type. Raises CheckpointError, which lists ours, if there is none."""
     known = {kind: family for family in families().values() for kind in family.model_types}
+    if model_type is None:
+        raise CheckpointError(
+            f"config.json has no model_type: expected one of {', '.join(sorted(known))}. It is not as transformers "
+            "writes it. Models of other formats, such as that of mamba_ssm, often have a conversion, in a repository "
+            "whose name ends in '-hf': give that."
+        )
     if model_type not in known:
         raise CheckpointError(
             f"{unknown('model_type', model_type, known)} A family that is not here is one file in jaxwalk/pretrained/; "
@@ -282,7 +310,7 @@ def read_config(family: Family, given: Mapping[str, Any]) -> ModelConfig:
 
 
 class _Part(NamedTuple):
-    tensor: Tensor
+    tensor: Tensor | Raw
     name: str
     shape: tuple[int, ...]
     """As stored."""
@@ -301,6 +329,9 @@ class _Parameter(NamedTuple):
 
     def write(self, buffer: np.ndarray, part: _Part, start: int, stored: np.ndarray) -> None:
         """Put a stored tensor at its place in ours, cast."""
+        if isinstance(part.tensor, Raw):
+            buffer[start : start + part.rows] = part.tensor.layout(stored)
+            return
         taken = part.tensor.taken(stored.T if self.conv1d else stored)
         # Cast before turning: a turned array is read out of order, which narrow floats make slow.
         taken = taken.astype(buffer.dtype, copy=False)
@@ -321,13 +352,17 @@ def parameters(family: Family, config: ModelConfig) -> list[_Parameter]:
     for keys, leaf in jax.tree_util.tree_flatten_with_path(template)[0]:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         layer = path.split("/")[1] if path.startswith("layers/") else ""
-        general = re.sub(r"^layers/\d+/", "layers/{}/", path)
-        module, kind = general.rsplit("/", 1)
-        where, suffix = tensors[module], f".{'bias' if kind == 'bias' else 'weight'}"
-        turned = kind == "weight" and module != "unembed"
-        pieces = (where,) if isinstance(where, str | Tensor) else where
+        kind = path.rsplit("/", 1)[1]
+        named = next((name for name in _names(path) if name in tensors), path)
+        where, suffix = tensors[named], f".{'bias' if kind == 'bias' else 'weight'}"
+        turned = kind == "weight" and named != "unembed"
+        pieces = (where,) if isinstance(where, str | Tensor | Raw) else where
         parts = []
         for piece in pieces:
+            if isinstance(piece, Raw):
+                rows = len(piece.layout(np.empty(piece.shape, bool)))
+                parts.append(_Part(piece, piece.name.format(layer), piece.shape, rows))
+                continue
             tensor = Tensor(piece) if isinstance(piece, str) else piece
             own = leaf.shape[-1] if turned or leaf.ndim == 1 else leaf.shape[0]
             rows = math.prod(tensor.rows) if tensor.rows else own
@@ -337,6 +372,14 @@ def parameters(family: Family, config: ModelConfig) -> list[_Parameter]:
             parts.append(_Part(tensor, tensor.name.format(layer) + suffix, shape, taken))
         found.append(_Parameter(path, leaf.shape, turned, turned and family.conv1d, tuple(parts)))
     return found
+
+
+def _names(path: str) -> Iterable[str]:
+    """The keys of `Tensors` that may mean a parameter, the closest first."""
+    general = re.sub(r"^layers/\d+/", "layers/{}/", path)
+    for name in (path, general):
+        yield name
+        yield name.rsplit("/", 1)[0]
 
 
 def assemble(
