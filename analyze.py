@@ -48,7 +48,7 @@ def main() -> int:
     if arguments.step not in ("best", "latest", "all") and not arguments.step.isdigit():
         parser.error(f"--step: expected a number, best, latest or all, got {arguments.step!r}")
 
-    from jaxwalk import analyses
+    from jaxwalk import analyses, pretrained
     from jaxwalk.checkpoint import CheckpointError, Run
     from jaxwalk.config import ConfigError
 
@@ -65,7 +65,12 @@ def main() -> int:
     whole = True
     try:
         if arguments.step == "all":
-            steps: list[int | str] = list(Run(arguments.source).steps)
+            foreign = pretrained.is_foreign(arguments.source)
+            steps: list[int | str] = [
+                *(pretrained.series(arguments.source) if foreign else Run(arguments.source).steps)
+            ]
+            if not steps:
+                raise ConfigError(f"--step: expected a run or a series of steps, got {arguments.source}, one model.")
         else:
             steps = [int(arguments.step) if arguments.step.isdigit() else arguments.step]
         for step in steps:

@@ -923,8 +923,8 @@ def cut(corpus: str, vocabulary: Vocabulary, longest: int, length: int | None = 
 
     def pieces(length: int) -> Int32[np.ndarray, "pieces N"]:
         own = length + 1 - len(begin)
-        rows = [text[: len(text) // own * own].reshape(-1, own) for text in texts] or [np.empty((0, own), np.int32)]
-        rows = np.concatenate(rows)
+        none = np.empty((0, own), np.int32)
+        rows = np.concatenate([none, *(text[: len(text) // own * own].reshape(-1, own) for text in texts)])
         return np.concatenate([np.broadcast_to(begin, (len(rows), len(begin))), rows], axis=1)
 
     tried = [cut for cut in CUTS if cut <= longest] or [longest]

@@ -184,16 +184,34 @@ def _encoded(prompt: str, model: Transformer, vocabulary: Any) -> Int[np.ndarray
     return np.asarray(check_tokens(model, tokens))
 
 
-def _foreign(source: str | os.PathLike[str], step: int | str) -> Subject:
-    model, vocabulary = pretrained.load(source, step=step)  # type: ignore[arg-type]
-    fresh = init(pretrained.config_of(source), jax.random.key(0))
+def _foreign(source: str | os.PathLike[str], step: int | Literal["latest", "best"]) -> Subject:
+    """A pretrained model, in its series of steps if there is one, and as it was at step 0, or might have been."""
+    missing = {"store": "a pretrained model comes without its data: give a text, with --text"}
+    try:
+        steps = pretrained.series(source)
+    except checkpoint.CheckpointError as error:
+        steps, missing["series"] = {}, str(error)
+    model, vocabulary = pretrained.load(source, step=step)
+    load_step = lambda step: pretrained.load(source, step=step)[0]
+    untrained, remarks = None, {}
+    if 0 in steps:
+        try:
+            untrained = load_step(0)
+        except checkpoint.CheckpointError as error:
+            missing["step 0"] = str(error)
+    if untrained is None:
+        untrained = init(pretrained.config_of(source), jax.random.key(0))
+        remarks["untrained model"] = "a fresh one of this architecture, initialised by jaxwalk, as there is no step 0"
     return Subject(
         model=plain(model),
         vocabulary=vocabulary,
-        untrained=plain(fresh),
+        untrained=plain(untrained),
+        step=step if isinstance(step, int) else None,
+        series=tuple(steps),
+        load_step=load_step if steps else None,
         name=(Path(source).stem if Path(source).is_file() else Path(source).resolve().name) or "model",
-        missing={"store": "a pretrained model comes without its data: give a text, with --text"},
-        remarks={"untrained model": "a fresh one of this architecture, initialised by jaxwalk: there is no step 0"},
+        missing=missing,
+        remarks=remarks,
     )
 
 

@@ -40,9 +40,7 @@ def rotary(keys: Keys) -> Rope:
     """Rotary positions, by this family's names or by those of all."""
     own = {"rope_theta": keys("rotary_emb_base", None), "partial_rotary_factor": keys("rotary_pct", None)}
     places = (own, keys("rope_scaling", {}), keys("rope_parameters", {}))
-    if all(place.get("partial_rotary_factor") is None for place in places):
-        own["partial_rotary_factor"] = 0.25
-    return rope_of(keys, places, keys("max_position_embeddings"), 10000.0, partial=True)
+    return rope_of(keys, places, keys("max_position_embeddings"), 10000.0, 0.25)
 
 
 def tensors(config: ModelConfig) -> Tensors:
