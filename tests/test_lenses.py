@@ -134,3 +134,15 @@ def test_the_fisher_length_by_its_matrix(x64):
         G = J.T @ (np.diag(p) - np.outer(p, p)) @ J
         delta = stations[s + 1] - stations[s]
         np.testing.assert_allclose(lengths[s], np.sqrt(delta @ G @ delta), rtol=1e-9)
+
+
+def test_one_pass_reads_what_three_do(x64):
+    model = to64(model_of(vocab_size=7, norm="layer_norm"))
+    paths = np.random.default_rng(0).integers(0, 7, (3, 6))
+    stations = jnp.concatenate([model.walk(path).stations for path in paths], axis=1)  # [S, N, D]
+    reading, fisher, divergence = jax.jit(lenses.read_steps)(model, stations)
+    for got, expected in zip(reading, lenses.read(model, lenses.LOGIT_LENS, stations), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-13)
+    for n in range(stations.shape[1]):
+        np.testing.assert_allclose(fisher[:, n], lenses.fisher_lengths(model, stations[:, n]), rtol=1e-12)
+        np.testing.assert_allclose(divergence[:, n], lenses.step_divergences(model, stations[:, n]), rtol=1e-12)

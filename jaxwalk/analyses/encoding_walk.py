@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, mean_interval
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.lenses import LOGIT_LENS, fisher_lengths, read, step_divergences
+from jaxwalk.lenses import read_steps
 from jaxwalk.transformer import Transformer
 
-FLOATS = 1 << 22
-"""How many numbers of one station's laws, or of all stations, a batch may hold."""
+FLOATS = 1 << 24
+"""How many numbers of one station's laws, or of all stations, a batch may hold: few places waste the output map."""
 
 ALONE = ("lens_kl", "straightness", "length", "norm_growth")
 """What is reported of position 0, too."""
@@ -60,7 +60,7 @@ def analyse(
 
     tokens = subject.paths(paths)
     n, T = tokens.shape
-    positions = max(1, min(positions, 4 * FLOATS // (n * model.vocab_size)))
+    positions = max(1, min(positions, FLOATS // (n * model.vocab_size)))
     chosen = np.unique(np.linspace(1, T - 1, min(positions, T - 1)).round().astype(int))
     at = np.concatenate([[0], chosen])
     size = FLOATS // max(len(at) * model.vocab_size, (2 * model.depth + 1) * T * model.width)
@@ -259,13 +259,10 @@ def _observe(
     normalised: bool,
 ) -> Shape:
     walks = jax.vmap(lambda path: model.walk(path).stations)(tokens)[:, np.array(every)][:, :, at]  # [B, S, P, D]
-    laws = read(model, LOGIT_LENS, walks.swapaxes(0, 1).reshape(len(every), -1, walks.shape[-1]))
+    laws, *steps = read_steps(model, walks.swapaxes(0, 1).reshape(len(every), -1, walks.shape[-1]))
     entropy, kl, rank = (a.T.reshape(len(tokens), len(at), len(every)) for a in laws)
-    walks = walks.swapaxes(1, 2)
-    fisher, divergence = (
-        jax.vmap(jax.vmap(functools.partial(of, model)))(walks).sum(-1) for of in (fisher_lengths, step_divergences)
-    )
-    walks = walks.astype(jnp.float32)
+    fisher, divergence = (a.sum(0).reshape(len(tokens), len(at)) for a in steps)
+    walks = walks.swapaxes(1, 2).astype(jnp.float32)
     keys = jax.random.split(key, tokens.shape[0] * len(at)).reshape(len(tokens), len(at))
 
     def one(walk: Array, key: Array) -> tuple[Array, ...]:
