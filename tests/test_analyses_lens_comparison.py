@@ -53,11 +53,13 @@ def test_batches_of_any_size(monkeypatch):
         assert parts.measured[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
-def test_a_large_model_gets_no_jacobian_lens(monkeypatch):
-    monkeypatch.setattr(lens_comparison, "WORK", 1.0)
-    finding = lens_comparison.analyse(subject_of(untrained=False), **FEW)
-    assert "kl_jacobian" not in finding.measured
-    assert "left out" in finding.conventions["jacobian"]
+def test_a_large_model_gets_only_the_lenses_that_cost_little():
+    finding = lens_comparison.analyse(subject_of(), **FEW, work=1.0)
+    holds(finding, "kl_logit", "kl_least_squares", "share_logit")
+    for name in ("jacobian", "tuned"):
+        assert f"kl_{name}" not in finding.measured
+        assert "left out" in finding.conventions[name]
+    assert "on 8 others" in finding.conventions["fitted"]
 
 
 def test_what_it_makes_no_sense_for():

@@ -64,8 +64,8 @@ class Steps(NamedTuple):
     top_bins: Any
 
 
-@jax.jit
-def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"]) -> Steps:
+@functools.partial(jax.jit, static_argnames="binned")
+def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"], binned: bool) -> Steps:
     def one(row: Array) -> Steps:
         before, after = row[:-1], row[1:]
         index = jnp.arange(len(after))
@@ -87,8 +87,8 @@ def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"]) ->
             jnp.sum(truth * jnp.where(zero, 0, safe - log_p), axis=-1),
             jnp.where(possible, log_truth[index, after], 0),
             -jnp.sum(truth * safe, axis=-1),
-            _binned(p, truth, possible[:, None]),
-            _binned(p, truth, possible[:, None] & top & (jnp.cumsum(top, axis=-1) == 1)),
+            _binned(p, truth, possible[:, None]) if binned else None,
+            _binned(p, truth, possible[:, None] & top & (jnp.cumsum(top, axis=-1) == 1)) if binned else None,
         )
 
     return jax.vmap(one)(rows)
@@ -124,10 +124,13 @@ def in_batches(function: Callable[..., Any], batch: int, *per_path: np.ndarray) 
     return jax.tree.map(lambda *a: np.concatenate(a), *parts)
 
 
-def observe(law: "Transformer | NGram", world: Any, rows: Int[np.ndarray, "n N"]) -> Steps:
-    """`Steps` of many paths, in bounded memory; models of one shape share one compilation."""
+def observe(law: "Transformer | NGram", world: Any, rows: Int[np.ndarray, "n N"], binned: bool = False) -> Steps:
+    """`Steps` of many paths, in bounded memory; models of one shape share one compilation.
+
+    binned: whether bins are wanted too, which is most of the work where the vocabulary is large; else they are None.
+    """
     batch = batch_size(law, rows.shape[1] - 1)
-    return in_batches(functools.partial(_observe, law, world), batch, rows.astype(np.int32))
+    return in_batches(functools.partial(_observe, law, world, binned=binned), batch, rows.astype(np.int32))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["contexts", "laws"], meta_fields=[])

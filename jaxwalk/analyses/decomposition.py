@@ -19,8 +19,8 @@ from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._laws import check_data, held_out_paths
 from jaxwalk.analyses._statistics import average_ranks, mean_interval
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.attribution import gradient_attribution, held_attribution, occlusion
-from jaxwalk.decomposition import TOLERANCE, DecompositionError, decompose, decompose_steps
+from jaxwalk.attribution import gradient_attribution, occlusion
+from jaxwalk.decomposition import TOLERANCE, DecompositionError, decompose, decompose_steps, log_prob_readout
 from jaxwalk.transformer import Transformer
 
 WORK = 2.5e12
@@ -35,7 +35,7 @@ SHARES = {
 STEPS = {"embedding": "embedding", "aggregates": "aggregate steps", "filters": "filter steps", "norms": "norms' biases"}
 
 
-def analyse(subject: Subject, *, paths: int = 32, length: int = 32) -> Finding:
+def analyse(subject: Subject, *, paths: int = 32, length: int = 24) -> Finding:
     """What the context vectors at the ends of paths are made of.
 
     paths: how many, fewer where a model is large. length: the most tokens of a path. Raises NotApplicable for a model
@@ -54,7 +54,7 @@ def analyse(subject: Subject, *, paths: int = 32, length: int = 32) -> Finding:
     T = rows.shape[1] - 1
     if T < 2:
         raise NotApplicable("paths have two tokens, and so contexts of one")
-    # Occlusion walks every path once for each of its tokens; the rest takes some ten walks.
+    # Occlusion walks every path once for each of its tokens; the rest takes about as much as ten walks.
     rows = rows[: max(8, int(WORK / (2.0 * weights * T * (T + 10))))]
     seen = {"": _see(model, rows)}
     if subject.untrained is not None:
@@ -81,22 +81,28 @@ def analyse(subject: Subject, *, paths: int = 32, length: int = 32) -> Finding:
     measured["largest_error"] = float(main.error.max())
     null["largest_error.exact"] = 0.0
 
-    others = np.concatenate([main.held[-1:], main.held[:-1]])
-    guesses = {"gradient": main.gradient, "recency": np.broadcast_to(np.arange(T), main.held.shape), "other": others}
-    found = {name: _rank_correlation(guess, main.occluded) for name, guess in guesses.items()}
-    if "untrained" in seen:
-        found["untrained"] = _rank_correlation(seen["untrained"].held, seen["untrained"].occluded)
-    names = {"gradient": "gradient_times_input", "recency": "recency", "other": "other_path", "untrained": "untrained"}
-    agreement = _rank_correlation(main.held, main.occluded)
-    add("occlusion_spearman", agreement, **{names[name]: value for name, value in found.items()})
+    occluded, gradient = (
+        np.stack([np.asarray(method(model, row[:-1], int(row[-1])).by_token, np.float64) for row in rows])
+        for method in (occlusion, gradient_attribution)
+    )
+    guesses = {
+        "gradient_times_input": gradient,
+        "recency": np.broadcast_to(np.arange(T), occluded.shape),
+        "other_path": np.concatenate([main.held[-1:], main.held[:-1]]),
+    }
+    add(
+        "occlusion_spearman",
+        _rank_correlation(main.held, occluded),
+        **{name: _rank_correlation(guess, occluded) for name, guess in guesses.items()},
+    )
 
     distance = np.arange(T)
     arrays: dict[str, Any] = {
         "distance": distance,
         "step": np.array([f"{kind} {n}" for n in range(model.depth) for kind in ("aggregate", "filter")]),
         "held": main.held,
-        "occluded": main.occluded,
-        "gradient": main.gradient,
+        "occluded": occluded,
+        "gradient": gradient,
         "error": main.error,
         "rows": rows,
     }
@@ -175,8 +181,7 @@ class _Seen(NamedTuple):
     """Of each of n paths of T + 1 tokens, at position T. Shares are of the context vector.
 
     by_token: [n, T]. by_source: [n, 4], as in SHARES. by_step: [n, 2L], with the step's biases. by_kind: [n, 4], as in
-    STEPS. cancellation, error: [n]. held, occluded, gradient: [n, T], what each token did to log p(the last token), in
-    nats.
+    STEPS. cancellation, error: [n]. held: [n, T], each token's part of log p(the last token), in nats.
     """
 
     by_token: np.ndarray
@@ -186,25 +191,25 @@ class _Seen(NamedTuple):
     cancellation: np.ndarray
     error: np.ndarray
     held: np.ndarray
-    occluded: np.ndarray
-    gradient: np.ndarray
 
 
 def _see(model: Transformer, rows: Int[np.ndarray, "n N"]) -> _Seen:
     seen = []
     for row in rows:
-        path, after = row[:-1], int(row[-1])
+        path = row[:-1]
         try:
             steps = decompose_steps(model, path)
             c = np.asarray(steps.whole, np.float64)
             if not np.isfinite(c).all() or not c.any():
                 raise NotApplicable("context vectors: expected finite numbers, not all 0. Analyse an earlier step.")
             along = (c / (c @ c)).astype(steps.whole.dtype)
-            tokens = decompose(model, path, along=jnp.asarray(along)[None])
-            held = held_attribution(model, path, after)
+            directions = jnp.stack([along, log_prob_readout(model, steps.whole, int(row[-1])).direction])
+            tokens = decompose(model, path, along=directions)
         except DecompositionError as error:
             raise NotApplicable(f"it is exact or it is nothing: {error}") from error
-        by_token, by_position = (np.asarray(a, np.float64)[:, 0] for a in (tokens.by_token, tokens.by_position))
+        (by_token, held), (by_position, _) = (
+            np.asarray(a.T, np.float64) for a in (tokens.by_token, tokens.by_position)
+        )
         bias = float(tokens.bias[0])
         by_step = np.asarray(steps.by_step + steps.by_step_bias, np.float64) @ along
         embedding = float(np.asarray(steps.token + steps.position, np.float64) @ along)
@@ -217,9 +222,7 @@ def _see(model: Transformer, rows: Int[np.ndarray, "n N"]) -> _Seen:
                 np.array([embedding, by_step[0::2].sum(), by_step[1::2].sum(), norms]),
                 np.array(np.abs(by_token).sum() + np.abs(by_position).sum() + abs(bias)),
                 np.array(max(float(steps.error), float(tokens.error))),
-                np.asarray(held.by_token, np.float64),
-                np.asarray(occlusion(model, path, after).by_token, np.float64),
-                np.asarray(gradient_attribution(model, path, after).by_token, np.float64),
+                held,
             )
         )
     return _Seen(*(np.stack(parts) for parts in zip(*seen, strict=True)))

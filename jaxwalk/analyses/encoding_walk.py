@@ -27,6 +27,9 @@ from jaxwalk.transformer import Transformer
 FLOATS = 1 << 24
 """How many numbers of one station's laws, or of all stations, a batch may hold: few places waste the output map."""
 
+WORK = 1e12
+"""Floating-point operations that the laws of all stations may take, as long as there are eight paths."""
+
 ALONE = ("lens_kl", "straightness", "length", "norm_growth")
 """What is reported of position 0, too."""
 
@@ -42,7 +45,8 @@ def analyse(
 ) -> Finding:
     """The shape of the encoding walks, and what each of their stations would predict.
 
-    positions: the most positions of a path that are measured, beside position 0; fewer of a large vocabulary.
+    positions: the most positions of a path that are measured, beside position 0; these, and paths, are fewer of a large
+    vocabulary.
     stations: those after every aggregate and filter step, or only those after whole layers. embedding: whether the
     first station is part of the walk. normalised: whether stations are scaled to length 1 before their geometry.
     """
@@ -59,8 +63,9 @@ def analyse(
         raise NotApplicable(f"it needs paths, a world or a store of text: {subject.no_data}")
 
     tokens = subject.paths(paths)
-    n, T = tokens.shape
-    positions = max(1, min(positions, FLOATS // (n * model.vocab_size)))
+    positions = max(1, min(positions, FLOATS // (len(tokens) * model.vocab_size)))
+    tokens = tokens[: max(8, int(WORK / (4.0 * S * (positions + 1) * model.vocab_size * model.width)))]
+    T = tokens.shape[1]
     chosen = np.unique(np.linspace(1, T - 1, min(positions, T - 1)).round().astype(int))
     at = np.concatenate([[0], chosen])
     size = FLOATS // max(len(at) * model.vocab_size, (2 * model.depth + 1) * T * model.width)

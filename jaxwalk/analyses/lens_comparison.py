@@ -34,17 +34,26 @@ FLOATS = 1 << 22
 """How many numbers of one station's laws, or of all stations, a batch may hold."""
 PLACES = 1 << 25
 """How many numbers of stations may be held in all."""
-WORK = 2e12
-"""Floating-point operations that the Jacobian lens may take."""
+FEWEST_STEPS = 50
+"""Of the tuned lens's training: after fewer it is near where it began."""
 
 
 def analyse(
-    subject: Subject, *, paths: int = 128, jacobians: int = 64, steps: int = 400, batch: int = 256, length: int = 128
+    subject: Subject,
+    *,
+    paths: int = 128,
+    jacobians: int = 64,
+    steps: int = 400,
+    batch: int = 256,
+    length: int = 128,
+    work: float = 2e12,
 ) -> Finding:
     """The four lenses, fitted on `paths` paths and read on as many others.
 
-    jacobians: how many derivatives the Jacobian lens is the mean of, fewer where a model is large. steps, batch: of the
-    tuned lens's training. length: the most positions of a path; position 0 is left out.
+    jacobians: how many derivatives the Jacobian lens is the mean of. steps, batch: of the tuned lens's training.
+    length: the most positions of a path; position 0 is left out. work: floating-point operations that fitting a lens,
+    or reading by it, may take, roughly: for a large model there are fewer derivatives, steps and paths that are read,
+    and lenses for which there are too few are left out.
     """
     model, S = subject.model, 2 * subject.model.depth + 1
     if S < 2:
@@ -57,9 +66,12 @@ def analyse(
     paths = max(8, min(paths, PLACES // (2 * S * (T - 1) * model.width)))
     tokens = subject.paths(2 * paths, T)
     paths = min(paths, len(tokens) // 2)
-    fitted, others = tokens[:paths], tokens[paths:]
     weights = sum(leaf.size for leaf in jax.tree.leaves(model.layers))
-    jacobians = min(jacobians, paths, int(WORK / (6.0 * weights * T * model.width)))
+    of_law = 2.0 * model.vocab_size * model.width
+    jacobians = min(jacobians, paths, int(work / (6.0 * weights * T * model.width)))
+    steps = min(steps, int(work / (4.0 * (S - 1) * batch * of_law)))
+    readable = max(8, int(work / (S * (T - 1) * of_law)))
+    fitted, others = tokens[:paths], tokens[paths:][:readable]
 
     seen = {"": _readings(model, fitted, others, jacobians, steps, batch, subject.seed)}
     if not all(np.isfinite(kl).all() for kl, _ in seen[""].read.values()):
@@ -106,7 +118,8 @@ def analyse(
             series.append(Series(LABELS[name], key, "station", low=f"{key}_low", high=f"{key}_high"))
     if "untrained" in seen:
         series += [
-            Series(f"{LABELS[n]}, untrained", f"kl_{n}_untrained", "station", dashed=True) for n in ("logit", "tuned")
+            Series(f"{LABELS[n]}, untrained", f"kl_{n}_untrained", "station", dashed=True)
+            for n in (names[0], names[-1])
         ]
     for name, lens in seen[""].lenses.items():
         if lens.weight is not None and lens.bias is not None:
@@ -130,9 +143,11 @@ def analyse(
         "jacobian": f"mean derivative of the last station, of the same position, over {jacobians} paths, one position "
         "each; its bias is exact at their mean station"
         if "jacobian" in names
-        else f"left out: fewer than 8 derivatives within the work of {WORK:g} floating-point operations",
+        else f"left out: fewer than 8 derivatives within the work of {work:g} floating-point operations",
         "least_squares": "ridge regression on the last station, ridge 1e-4 of the mean variance of a coordinate",
-        "tuned": f"least KL(final || lens) by Adam from the identity, {steps} steps of {batch} places",
+        "tuned": f"least KL(final || lens) by Adam from the identity, {steps} steps of {batch} places"
+        if "tuned" in names
+        else f"left out: fewer than {FEWEST_STEPS} steps within the work of {work:g} floating-point operations",
         "fitted": f"on {paths} paths, read on {len(others)} others of {T} tokens; position 0 left out",
         "one_law": "the mean of the final laws on the fitted paths, for every context",
         "untrained": "its own lenses, fitted in the same way, against its own final law"
@@ -204,7 +219,8 @@ def _readings(
         at = np.random.default_rng(seed).integers(1, T, jacobians)
         lenses["jacobian"] = _jacobian(model, fitted[:jacobians], at)
     lenses["least_squares"] = _least_squares(places)
-    lenses["tuned"] = _tuned(model, places, key, steps, batch)
+    if steps >= FEWEST_STEPS:
+        lenses["tuned"] = _tuned(model, places, key, steps, batch)
     readings: dict[str, list[list[np.ndarray]]] = {name: [] for name in lenses}
     one_law = []
     for together, count in batches(others, size):

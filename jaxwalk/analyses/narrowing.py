@@ -308,7 +308,9 @@ def _walk_on(
     Log-probability of each token that came, and entropy of its law. One compilation serves all lengths.
     """
     walk = functools.partial(_recurrent, model, np.int32(given), np.int32(until), np.int32(seed))
-    batch = min(batch_size(model, rows.shape[1] - 1), 64)
+    # One law and one state of each path are held at a time. Every step reads all weights, however few the paths.
+    T = rows.shape[1] - 1
+    batch = min(batch_size(model, 1), 1 << max(0, ((1 << 24) // max(1, model.state_size(T))).bit_length() - 1), 64)
     return in_batches(walk, batch, rows.astype(np.int32), np.arange(len(rows), dtype=np.int32))
 
 

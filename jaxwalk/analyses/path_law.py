@@ -69,7 +69,7 @@ def analyse(
         ngram, chosen = best_ngram(subject, held_out.shape[1])
         laws["ngram"] = ngram
         conventions["ngram"] = chosen
-    sampled = {name: observe(law, world, held_out) for name, law in laws.items()}
+    sampled = {name: observe(law, world, held_out, binned=True) for name, law in laws.items()}
 
     measure = _on_text if world is None else functools.partial(_on_world, budget=enumerated)
     parts = measure(subject, laws, sampled, held_out)
