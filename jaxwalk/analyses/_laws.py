@@ -71,24 +71,30 @@ def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"], bi
         index = jnp.arange(len(after))
         log_p = law(before) if isinstance(law, NGram) else next_log_probs(law, before)
         p = jnp.exp(log_p)
+        log_prob, entropy = log_p[index, after], -jnp.sum(jnp.where(p > 0, p * log_p, 0), axis=-1)
         if world is None:
-            log_truth = jnp.where(after[:, None] == jnp.arange(p.shape[-1]), 0.0, -jnp.inf)
-            possible = jnp.ones(len(before), bool)
+            truth, possible = jax.nn.one_hot(after, p.shape[-1], dtype=p.dtype), jnp.ones(len(before), bool)
+            of_world = -log_prob, jnp.zeros_like(log_prob), jnp.zeros_like(log_prob)
         else:
             log_truth = world.next_log_probs(before)[1:].astype(p.dtype)
             possible = ~jnp.isnan(log_truth).any(axis=-1)
-        truth = jnp.where(possible[:, None], jnp.exp(log_truth), 0)
-        zero = truth == 0  # 0 log 0 = 0
-        safe = jnp.where(zero, 0, log_truth)
+            truth = jnp.where(possible[:, None], jnp.exp(log_truth), 0)
+            zero = truth == 0  # 0 log 0 = 0
+            safe = jnp.where(zero, 0, log_truth)
+            of_world = (
+                jnp.sum(truth * jnp.where(zero, 0, safe - log_p), axis=-1),
+                jnp.where(possible, log_truth[index, after], 0),
+                -jnp.sum(truth * safe, axis=-1),
+            )
+        if not binned:
+            return Steps(log_prob, entropy, *of_world, None, None)
         top = p == p.max(axis=-1, keepdims=True)
         return Steps(
-            log_p[index, after],
-            -jnp.sum(jnp.where(p > 0, p * log_p, 0), axis=-1),
-            jnp.sum(truth * jnp.where(zero, 0, safe - log_p), axis=-1),
-            jnp.where(possible, log_truth[index, after], 0),
-            -jnp.sum(truth * safe, axis=-1),
-            _binned(p, truth, possible[:, None]) if binned else None,
-            _binned(p, truth, possible[:, None] & top & (jnp.cumsum(top, axis=-1) == 1)) if binned else None,
+            log_prob,
+            entropy,
+            *of_world,
+            _binned(p, truth, possible[:, None]),
+            _binned(p, truth, possible[:, None] & top & (jnp.cumsum(top, axis=-1) == 1)),
         )
 
     return jax.vmap(one)(rows)

@@ -39,6 +39,9 @@ LABELS = {
     "untrained": "untrained model",
 }
 
+LAWS = 1 << 26
+"""How many probabilities the laws along the held-out paths have in all, unless their number is asked for."""
+
 
 def analyse(
     subject: Subject,
@@ -51,16 +54,18 @@ def analyse(
 ) -> Finding:
     """How the law of what comes next changes with its context.
 
-    paths: held-out paths for the loss by position (by default 512 of a world, 128 of text). contexts: how many of
-    them are contexts of path entropies (by default 64, 32). steps: n of the n-step path entropy; by default as
-    many as leave at most `enumerated` continuations to walk, or, where these are none, 8 by sampling. light: fewer
-    paths, for `training_walk`.
+    paths: held-out paths for the loss by position (by default 512 of a world, 128 of text, fewer of a large
+    vocabulary). contexts: how many of them are contexts of path entropies (by default 64, 32, or half the paths).
+    steps: n of the n-step path entropy; by default as many as leave at most `enumerated` continuations to walk, or,
+    where these are none, 8 by sampling. light: fewer paths, for `training_walk`.
     """
     check_data(subject)
     model, untrained, world, V = subject.model, subject.untrained, subject.world, subject.model.vocab_size
     default_paths, default_contexts = (64, 16) if light else (128, 32) if world is None else (512, 64)
     rows = held_out_paths(subject, paths or default_paths)
-    some = rows[: contexts or default_contexts]
+    held = max(8, LAWS // (V * rows.shape[1]))
+    rows = rows if paths else rows[:held]
+    some = rows[: contexts or min(default_contexts, max(8, held // 2))]
     T = rows.shape[1] - 1
     if steps is None:
         longest = 1 + int(math.log(enumerated) / math.log(max(V, 2)) + 1e-9)
