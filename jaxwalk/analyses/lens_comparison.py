@@ -51,9 +51,9 @@ def analyse(
     """The four lenses, fitted on `paths` paths and read on as many others.
 
     jacobians: how many derivatives the Jacobian lens is the mean of. steps, batch: of the tuned lens's training.
-    length: the most positions of a path; position 0 is left out. work: floating-point operations that fitting a lens,
-    or reading by it, may take, roughly: for a large model there are fewer derivatives, steps and paths that are read,
-    and lenses for which there are too few are left out.
+    length: the most positions of a path; position 0 is left out. work: floating-point operations that the derivatives
+    may take, roughly; training may take ten times as much, and reading by a lens half as much. For a large model there
+    are fewer derivatives, steps and paths that are read, and a lens that gets too few is left out.
     """
     model, S = subject.model, 2 * subject.model.depth + 1
     if S < 2:
@@ -69,8 +69,8 @@ def analyse(
     weights = sum(leaf.size for leaf in jax.tree.leaves(model.layers))
     of_law = 2.0 * model.vocab_size * model.width
     jacobians = min(jacobians, paths, int(work / (6.0 * weights * T * model.width)))
-    steps = min(steps, int(work / (4.0 * (S - 1) * batch * of_law)))
-    readable = max(8, int(work / (S * (T - 1) * of_law)))
+    steps = min(steps, int(10 * work / (4.0 * (S - 1) * batch * of_law)))
+    readable = max(8, int(0.5 * work / (S * (T - 1) * of_law)))
     fitted, others = tokens[:paths], tokens[paths:][:readable]
 
     seen = {"": _readings(model, fitted, others, jacobians, steps, batch, subject.seed)}
@@ -147,7 +147,7 @@ def analyse(
         "least_squares": "ridge regression on the last station, ridge 1e-4 of the mean variance of a coordinate",
         "tuned": f"least KL(final || lens) by Adam from the identity, {steps} steps of {batch} places"
         if "tuned" in names
-        else f"left out: fewer than {FEWEST_STEPS} steps within the work of {work:g} floating-point operations",
+        else f"left out: fewer than {FEWEST_STEPS} steps within the work of {10 * work:g} floating-point operations",
         "fitted": f"on {paths} paths, read on {len(others)} others of {T} tokens; position 0 left out",
         "one_law": "the mean of the final laws on the fitted paths, for every context",
         "untrained": "its own lenses, fitted in the same way, against its own final law"

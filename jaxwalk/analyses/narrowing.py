@@ -55,7 +55,7 @@ def analyse(
     """How the law of what comes next changes with its context.
 
     paths: held-out paths for the loss by position (by default 512 of a world, 128 of text, fewer of a large
-    vocabulary). contexts: how many of them are contexts of path entropies (by default 64, 32, or half the paths).
+    vocabulary). contexts: how many of them are contexts of path entropies (by default 64, 32, or a quarter of them).
     steps: n of the n-step path entropy; by default as many as leave at most `enumerated` continuations to walk, or,
     where these are none, 8 by sampling. light: fewer paths, for `training_walk`.
     """
@@ -65,7 +65,7 @@ def analyse(
     rows = held_out_paths(subject, paths or default_paths)
     held = max(8, LAWS // (V * rows.shape[1]))
     rows = rows if paths else rows[:held]
-    some = rows[: contexts or min(default_contexts, max(8, held // 2))]
+    some = rows[: contexts or min(default_contexts, max(8, held // 4))]
     T = rows.shape[1] - 1
     if steps is None:
         longest = 1 + int(math.log(enumerated) / math.log(max(V, 2)) + 1e-9)
