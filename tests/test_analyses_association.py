@@ -95,6 +95,17 @@ def test_layers_of_different_kinds_and_batches_of_any_size(monkeypatch):
     np.testing.assert_allclose(parts.arrays["layer_cost"][rows], whole.arrays["layer_cost"][rows], 1e-3, 1e-5)
 
 
+def test_single_layers_of_a_large_model(monkeypatch):
+    subject = subject_of(untrained=False)
+    whole = association.analyse(subject, paths=24, per_layer=8)
+    monkeypatch.setattr(association, "WORK", 1.0)
+    some = association.analyse(subject, paths=24, per_layer=16)
+    best = some.conventions["fixed_A"].split(",")[0]
+    assert some.arrays["layer_rung"].tolist() == [association.RUNGS[name] for name in ("identity", best)]
+    for name in (*COSTS, "largest_layer_cost", "layers_alone_identity"):
+        assert some.measured[name] == pytest.approx(whole.measured[name], rel=1e-5, abs=1e-7)
+
+
 def test_what_it_makes_no_sense_for():
     with pytest.raises(NotApplicable, match="no layers"):
         association.analyse(subject_of(depth=0, untrained=False))

@@ -51,8 +51,8 @@ def analyse(subject: Subject, *, paths: int = 256, per_layer: int = 64, length: 
     """What the loss becomes when the mixing matrices of the model are replaced, in each layer and in all.
 
     paths: held-out paths that are walked with all layers replaced; as many others give the mean pattern, and choose the
-    fixed A. per_layer: on how many of them single layers are replaced, fewer where a model is large. length: the most
-    tokens of a path.
+    fixed A. per_layer: on how many of them single layers are replaced; where a model is large fewer, and by A = I and
+    the best fixed A only. length: the most tokens of a path.
     """
     check_data(subject)
     model, L = subject.model, subject.model.depth
@@ -67,7 +67,7 @@ def analyse(subject: Subject, *, paths: int = 256, per_layer: int = 64, length: 
     each = 2.0 * weights * (rows.shape[1] - 1) * L * len(RUNGS)
     sample = min(per_layer, paths, max(8, int(WORK / each)))
 
-    ladders = {"": _ladder(model, others, own, sample, subject.seed)}
+    ladders = {"": _ladder(model, others, own, sample, subject.seed, every_rung=8 * each <= WORK)}
     if not np.isfinite(ladders[""].losses["own"]).all():
         raise NotApplicable("losses: expected finite numbers, got NaN. Analyse an earlier step.")
     if subject.untrained is not None:
@@ -119,8 +119,8 @@ def analyse(subject: Subject, *, paths: int = 256, per_layer: int = 64, length: 
     arrays: dict[str, np.ndarray] = {
         "rung": np.array([*RUNGS.values(), "its own"]),
         "layer": np.array([f"layer {number}" for number in range(L)]),
-        "layer_rung": np.array(list(RUNGS.values())),
-        "layer_cost": np.stack([means[name] for name in RUNGS]),
+        "layer_rung": np.array([RUNGS[name] for name in means]),
+        "layer_cost": np.stack(list(means.values())),
     }
     series = []
     for which, ladder in ladders.items():
@@ -212,8 +212,14 @@ class _Ladder(NamedTuple):
 
 
 def _ladder(
-    model: Transformer, others: Int[np.ndarray, "n N"], own: Int[np.ndarray, "n N"], sample: int, seed: int
+    model: Transformer,
+    others: Int[np.ndarray, "n N"],
+    own: Int[np.ndarray, "n N"],
+    sample: int,
+    seed: int,
+    every_rung: bool = True,
 ) -> _Ladder:
+    """The ladder on `own` paths, and of single layers on a sample; there of A = I and the best fixed A at least."""
     L, T = model.depth, own.shape[1] - 1
     shapes = jax.eval_shape(_patterns, model, jax.ShapeDtypeStruct((1, T), others.dtype))
     size = sum(a.size for a in shapes) + T * max(model.vocab_size, 8 * model.width)
@@ -243,6 +249,7 @@ def _ladder(
         parts = [score(name, batch, every, to_each[name])[:count] for batch, count in batches(others, size)]
         return float(np.concatenate(parts).mean())
 
+    best = min(FIXED, key=chosen_by)
     losses: dict[str, list[np.ndarray]] = {name: [] for name in (*RUNGS, "own")}
     single: dict[str, list[np.ndarray]] = {name: [] for name in RUNGS}
     for number, (batch, count) in enumerate(batches(own, size)):
@@ -255,13 +262,13 @@ def _ladder(
         inside = min(count, sample - number * size)  # of the sample
         for name in RUNGS:
             losses[name].append(score(name, batch, every, lent[name], number)[:count])
-            if inside > 0:
+            if inside > 0 and (every_rung or name in ("identity", best)):
                 alone = [score(name, batch, np.arange(L) == layer, lent[name], number) - as_is for layer in range(L)]
                 single[name].append(np.stack(alone, axis=1)[:inside])
     return _Ladder(
         {name: np.concatenate(parts) for name, parts in losses.items()},
         {name: np.concatenate(parts) for name, parts in single.items() if parts},
-        min(FIXED, key=chosen_by),
+        best,
     )
 
 

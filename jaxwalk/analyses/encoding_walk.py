@@ -27,7 +27,7 @@ from jaxwalk.transformer import Transformer
 FLOATS = 1 << 24
 """How many numbers of one station's laws, or of all stations, a batch may hold: few places waste the output map."""
 
-WORK = 1e12
+WORK = 5e11
 """Floating-point operations that the laws of all stations may take, as long as there are eight paths."""
 
 ALONE = ("lens_kl", "straightness", "length", "norm_growth")

@@ -39,7 +39,7 @@ LABELS = {
     "untrained": "untrained model",
 }
 
-LAWS = 1 << 26
+LAWS = 1 << 25
 """How many probabilities the laws along the held-out paths have in all, unless their number is asked for."""
 
 
