@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
+from jaxwalk.config import MLPConfig
+from tests.conftest import model_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -113,6 +115,22 @@ def test_the_ladder_runs(association_ladder, tmp_path, capsys):
     # Ten steps teach little: nothing beats the observer that knows the world, by more than 16 paths can tell.
     assert found["null"]["loss_attention.ideal_observer"] < found["measured"]["loss_attention"]
     assert "equal within" in found["conventions"]["flops"]
+
+
+def test_a_pretrained_model_is_continued_and_taken_apart(tmp_path, capsys):
+    model = model_of(vocab_size=257, max_length=32, filter=MLPConfig(24, "gelu_tanh"), tied=True)
+    vocabulary = jw.text.ByteVocabulary()
+    jw.export(model, tmp_path / "model", vocabulary)
+    main = runpy.run_path(str(EXAMPLES / "pretrained_walk.py"))["main"]
+    main([str(tmp_path / "model"), "--prompt", "the", "--steps", "2"])
+    printed = capsys.readouterr().out
+    tokens = [vocabulary.begin, *vocabulary.encode("the")]
+    law = jw.next_log_probs(model, np.array(tokens))[-1]
+    assert f"= {law.max():.3f} nats, by token" in printed
+    parts = [float(line.split()[0]) for line in printed.split("occluded\n")[1].splitlines()]
+    assert len(parts) == len(tokens) + 2  # the rest, and the sum
+    assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.05)
+    assert parts[-1] == pytest.approx(float(law.max()), abs=0.01)
 
 
 def test_every_example_is_described_with_its_command():
