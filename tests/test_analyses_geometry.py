@@ -198,7 +198,7 @@ def test_a_vector_added_to_all_output_vectors_changes_no_number():
 def test_what_has_no_nearness():
     with pytest.raises(NotApplicable, match="2 tokens"):
         proximity.analyse(Subject(model=model_of(vocab_size=2), world=Uniform(2)))
-    with pytest.raises(NotApplicable, match="it needs contexts"):
+    with pytest.raises(NotApplicable, match="it needs paths"):
         proximity.analyse(Subject(model=model_of()))
 
 
