@@ -97,4 +97,5 @@ def to64(tree):
 def model_of(scale=0.4, seed=0, **choices):
     """A small perturbed model: 5 tokens, at most 12 positions, width 16, 2 layers, unless `choices` say otherwise."""
     config = jw.ModelConfig(**{"vocab_size": 5, "max_length": 12, "width": 16, "depth": 2, **choices})
-    return perturbed(jax.eval_shape(lambda: jw.init(config, jax.random.key(0))), scale, seed)
+    with jax.ensure_compile_time_eval():  # a first call may be inside jit, and what is cached must be no tracer
+        return perturbed(jax.eval_shape(lambda: jw.init(config, jax.random.key(0))), scale, seed)

@@ -403,10 +403,11 @@ def test_fresh_parameters_are_float32_under_x64_too(aggregate):
 
 def test_walks_are_batched_with_vmap():
     batch = np.stack([TOKENS, TOKENS[::-1]])
-    walks = jax.jit(jax.vmap(lambda t: model("pre").walk(t, record_mixing=(1,))))(batch)
+    m = model("pre")
+    walks = jax.jit(jax.vmap(lambda t: m.walk(t, record_mixing=(1,))))(batch)
     assert walks.stations.shape == (2, 5, T, 16)
     assert walks.mixing[1].shape == (2, 4, T, T)
-    np.testing.assert_allclose(walks.context[0], jax.jit(jw.encoding_walk)(model("pre"), TOKENS).context, atol=1e-5)
+    np.testing.assert_allclose(walks.context[0], jax.jit(jw.encoding_walk)(m, TOKENS).context, atol=1e-5)
 
 
 def test_tied_weights_are_one_leaf():
