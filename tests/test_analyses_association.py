@@ -30,7 +30,8 @@ def test_the_rungs_by_hand():
     model, n = subject.model, 12
     finding = association.analyse(subject, paths=n, per_layer=8)
     rows = np.asarray(MESS3.sample(jax.random.fold_in(jax.random.key(0), 0x5EED), 2 * n, 9))
-    patterns = [model.walk(row[:-1], record_mixing=(0, 1)).mixing for row in rows]
+    record = jax.jit(lambda model, tokens: model.walk(tokens, record_mixing=(0, 1)).mixing)
+    patterns = [record(model, row[:-1]) for row in rows]
     eye, mean = np.eye(8), np.tril(np.ones((8, 8))) / np.arange(1, 9)[:, None]
     shared = {
         "identity": {layer: np.stack([eye] * 4) for layer in (0, 1)},
@@ -41,8 +42,10 @@ def test_the_rungs_by_hand():
     # The mixing of a path is over its N positions, of which the last is not walked.
     padded = lambda A: jnp.pad(jnp.asarray(A, jnp.float32), ((0, 0), (0, 1), (0, 1)))
 
+    steps = jax.jit(lambda model, row, mixing: step_log_probs(model, row, mixing=mixing))
+
     def loss(row, mixing):
-        return float(-step_log_probs(model, row, mixing={n: padded(A) for n, A in mixing.items()}).mean())
+        return float(-steps(model, row, {n: padded(A) for n, A in mixing.items()}).mean())
 
     own = np.array([loss(row, {}) for row in rows[n:]])
     for name, A in shared.items():

@@ -257,7 +257,7 @@ def test_rotating_the_space_of_other_models(choices):
     assert change(model_of(depth=1, **choices)) < 1e-4
 
 
-@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("norm", [pytest.param("rms_norm", marks=pytest.mark.slow), "layer_norm"])
 def test_rotation_is_exact_to_rounding_in_float64(norm, x64):
     model = to64(model_of(norm=norm, unembed_bias=True, aggregate=("attention", "fixed_mixing")))
     rope = jw.aggregates.config("attention", positions="rope", qk_norm=True, kv_heads=2)
@@ -393,7 +393,8 @@ def test_the_score_of_a_model_is_that_of_its_context_vectors():
     finding = belief_geometry.analyse(subject, paths=100, points=9)
     tokens = subject.paths(100)
     folds = belief_geometry.Deal.of(tokens).folds(tokens).ravel()
-    context = np.concatenate([jw.encoding_walk(subject.model, path).context for path in tokens]).astype(float)
+    walk = jax.jit(jw.encoding_walk)
+    context = np.concatenate([walk(subject.model, path).context for path in tokens]).astype(float)
     beliefs = np.concatenate([MESS3.beliefs(path)[1:] for path in tokens]).astype(float)
     assert finding.measured["r2"] == pytest.approx(held_out_fits(context, beliefs, folds)[1], abs=1e-4)
 

@@ -61,15 +61,16 @@ def test_occlusion_and_gradient_are_what_they_are_called(name, x64):
     model = model64(name)
     vectors = model.token_vectors[TOKENS]
     baseline = model.embed.table[4] * 0.5
-    full = score(model, vectors, 2, 5)
+    value = jax.jit(lambda vectors: score(model, vectors, 2, 5))
+    full = value(vectors)
     occluded = jw.occlusion(model, TOKENS, 2, 5, baseline=baseline)
     gradient = jw.gradient_attribution(model, TOKENS, 2, 5, baseline=baseline)
     step = 1e-5
     for j in range(len(TOKENS)):
-        without = score(model, vectors.at[j].set(baseline), 2, 5)
+        without = value(vectors.at[j].set(baseline))
         np.testing.assert_allclose(occluded.by_token[j], full - without, rtol=0, atol=1e-12)
         way = step * (vectors[j] - baseline)
-        slope = score(model, vectors.at[j].add(way), 2, 5) - score(model, vectors.at[j].add(-way), 2, 5)
+        slope = value(vectors.at[j].add(way)) - value(vectors.at[j].add(-way))
         np.testing.assert_allclose(gradient.by_token[j], slope / (2 * step), 1e-6, 1e-9)
     np.testing.assert_allclose(gradient.gap, gradient.by_token.sum() - gradient.whole, rtol=0, atol=1e-12)
 

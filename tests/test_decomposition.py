@@ -72,7 +72,7 @@ MODELS = {
     },
     "no-layers": {"depth": 0},
 }
-QUICK = ("pre-gated", "pre-rms-nobias", "post", "parallel", "recurrences", "sandwich", "res_post")
+QUICK = ("pre-gated", "post", "recurrences", "sandwich")
 each = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 CUTS = {
     "token": d.decompose,

@@ -105,6 +105,7 @@ def test_rungs_differ_in_how_they_mix_and_in_nothing_else(association_ladder, na
     assert all(config == alike[0] for config in alike)
 
 
+@pytest.mark.slow
 def test_the_ladder_runs(association_ladder, tmp_path, capsys):
     options = ["--steps", "10", "--seeds", "2", "--width", "16", "--depth", "1", "--paths", "16"]
     assert association_ladder["main"](["mess3", *options, "--out", str(tmp_path)]) == 0

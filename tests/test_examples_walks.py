@@ -98,6 +98,7 @@ def test_beliefs_are_read_by_a_map_that_was_fitted_to_other_folds():
     assert (np.abs(before - after)[folds != 1].max(axis=1) > 0.1).all()
 
 
+@pytest.mark.slow
 def test_decompose_prediction_prints_parts_that_sum_and_cuts_that_agree(run, capsys):
     script("decompose_prediction", LENGTH=4, PATHS=4)["main"]([str(run)])
     printed = capsys.readouterr().out
@@ -141,6 +142,7 @@ def test_what_a_hidden_token_tells_in_a_world_is_counted_by_enumeration(x64):
     np.testing.assert_allclose(hidden(world, jnp.array(path)), expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_steer_walk_steers_more_than_chance_and_its_tables_obey_the_laws(run, capsys):
     script("steer_walk", STEPS=2, STRENGTHS=(-0.05, 0.05), CONTEXTS=4, DIRECTIONS=4)["main"]([str(run)])
     printed = capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Sweeps: each entry against its own intervention, and what must have no effect."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,20 +21,22 @@ def flat(A):
 
 def test_patches_one_by_one():
     model = model_of(unembed_bias=True)
-    stations = jw.encoding_walk(model, OTHER).stations
-    effects = jw.patch_effects(model, TOKENS, stations, given=2)
+    walk, log_prob = jax.jit(jw.encoding_walk), jax.jit(functools.partial(jw.path_log_prob, given=2))
+    sweep = jax.jit(jw.patch_effects, static_argnames="given")
+    stations = walk(model, OTHER).stations
+    effects = sweep(model, TOKENS, stations, given=2)
     for s, t in ((0, 0), (2, 3), (4, 1)):
         where = jnp.zeros((S, T), bool).at[s, t].set(True)
-        alone = jw.path_log_prob(model, TOKENS, 2, patch=(where, stations)) - jw.path_log_prob(model, TOKENS, 2)
+        alone = log_prob(model, TOKENS, patch=(where, stations)) - log_prob(model, TOKENS)
         np.testing.assert_allclose(effects[s, t], alone, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(effects[:, -1], 0, atol=1e-5)
     # The first station is the token itself: to replace it is to walk another path.
     read = TOKENS.copy()
     read[1] = OTHER[1]
     vectors = jax.vmap(model.embed)(read)
-    other = jw.path_log_prob(model, TOKENS, 2, vectors=vectors) - jw.path_log_prob(model, TOKENS, 2)
+    other = log_prob(model, TOKENS, vectors=vectors) - log_prob(model, TOKENS)
     np.testing.assert_allclose(effects[0, 1], other, rtol=1e-4, atol=1e-5)
-    own = jw.patch_effects(model, TOKENS, jw.encoding_walk(model, TOKENS).stations)
+    own = sweep(model, TOKENS, walk(model, TOKENS).stations)
     np.testing.assert_allclose(own, 0, atol=1e-5)
     # The last station of the first position is read by the step after it alone, which is given.
     np.testing.assert_allclose(effects[4, 0], 0, atol=1e-5)
@@ -42,7 +46,7 @@ def test_patches_one_by_one():
 def test_small_nudges_follow_the_gradient(x64):
     model = to64(model_of())
     way = jnp.asarray(np.random.default_rng(0).normal(size=(S, T, D)))
-    expected = jnp.sum(jw.station_gradient(model, TOKENS) * way, axis=-1)
+    expected = jnp.sum(jax.jit(jw.station_gradient)(model, TOKENS) * way, axis=-1)
     step = 1e-5
     sweep = jax.jit(jw.nudge_effects)
     slope = (sweep(model, TOKENS, step * way) - sweep(model, TOKENS, -step * way)) / (2 * step)
@@ -51,24 +55,26 @@ def test_small_nudges_follow_the_gradient(x64):
 
 def test_heads_one_by_one():
     model = model_of(depth=3, aggregate=("attention", "causal_mean", "attention"))
-    effects = jw.mixing_effects(model, TOKENS, flat)
+    sweep, log_prob = jax.jit(jw.mixing_effects, static_argnums=2), jax.jit(jw.path_log_prob)
+    effects = sweep(model, TOKENS, flat)
     assert effects.shape == (3, 4)
     np.testing.assert_array_equal(np.isnan(effects), [[0] * 4, [0, 1, 1, 1], [0] * 4])
-    own = jw.encoding_walk(model, TOKENS, record_mixing=(0, 2)).mixing
+    own = jax.jit(functools.partial(jw.encoding_walk, record_mixing=(0, 2)))(model, TOKENS).mixing
     for layer, head in ((0, 2), (2, 0)):
         A = own[layer].at[head].set(flat(own[layer])[head])
-        alone = jw.path_log_prob(model, TOKENS, mixing={layer: A}) - jw.path_log_prob(model, TOKENS)
+        alone = log_prob(model, TOKENS, mixing={layer: A}) - log_prob(model, TOKENS)
         np.testing.assert_allclose(effects[layer, head], alone, rtol=1e-4, atol=1e-5)
     assert effects[1, 0] == pytest.approx(0, abs=1e-5)  # a causal mean made a causal mean
-    np.testing.assert_allclose(jw.mixing_effects(model, TOKENS, lambda A: A)[jnp.array([0, 2])], 0, atol=1e-5)
+    np.testing.assert_allclose(sweep(model, TOKENS, lambda A: A)[jnp.array([0, 2])], 0, atol=1e-5)
 
 
 def test_batched_as_alone():
     model = model_of()
     paths = np.stack([TOKENS, OTHER])
-    batched = jax.vmap(lambda path: jw.mixing_effects(model, path, flat))(paths)
+    alone = lambda path: jw.mixing_effects(model, path, flat)
+    batched = jax.jit(jax.vmap(alone))(paths)
     for i in range(2):
-        np.testing.assert_allclose(batched[i], jw.mixing_effects(model, paths[i], flat), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(batched[i], jax.jit(alone)(paths[i]), rtol=1e-4, atol=1e-5)
 
 
 def test_bad_input():

@@ -66,13 +66,15 @@ def test_the_jacobian_lens_is_the_mean_of_dense_jacobians(x64):
     model = to64(model_of(0.3, depth=2))
     paths, at = np.array([[1, 4, 0, 2], [3, 3, 0, 1], [2, 0, 1, 4]]), np.array([1, 3, 2])
 
-    def last(nudge, path, t):
-        return model.walk(path, nudge=jnp.zeros((5, 4, 16)).at[:, t].set(nudge)).stations[-1, t]
+    def stations(nudge, path, t):
+        return model.walk(path, nudge=jnp.zeros((5, 4, 16)).at[:, t].set(nudge)).stations[:, t]
 
-    dense = np.mean([jax.jacfwd(last)(jnp.zeros((5, 16)), p, t) for p, t in zip(paths, at, strict=True)], axis=0)
+    last = jax.jit(jax.jacfwd(lambda *args: stations(*args)[-1]))
+    dense = np.mean([last(jnp.zeros((5, 16)), p, t) for p, t in zip(paths, at, strict=True)], axis=0)
     lens = jax.jit(lenses.jacobian_lens)(model, paths, at)
     np.testing.assert_allclose(lens.weight, dense.swapaxes(0, 1)[:-1], rtol=1e-9, atol=1e-12)
-    means = np.mean([model.walk(p).stations[:, t] for p, t in zip(paths, at, strict=True)], axis=0)
+    still = jax.jit(functools.partial(stations, jnp.zeros((5, 16))))
+    means = np.mean([still(p, t) for p, t in zip(paths, at, strict=True)], axis=0)
     mapped = np.einsum("sij,sj->si", lens.weight, means[:-1]) + lens.bias
     np.testing.assert_allclose(mapped, np.broadcast_to(means[-1], (4, 16)), rtol=1e-9, atol=1e-12)
 
@@ -139,10 +141,12 @@ def test_the_fisher_length_by_its_matrix(x64):
 def test_one_pass_reads_what_three_do(x64):
     model = to64(model_of(vocab_size=7, norm="layer_norm"))
     paths = np.random.default_rng(0).integers(0, 7, (3, 6))
-    stations = jnp.concatenate([model.walk(path).stations for path in paths], axis=1)  # [S, N, D]
+    walk, read = jax.jit(jw.encoding_walk), jax.jit(lenses.read)
+    fisher_lengths, step_divergences = jax.jit(lenses.fisher_lengths), jax.jit(lenses.step_divergences)
+    stations = jnp.concatenate([walk(model, path).stations for path in paths], axis=1)  # [S, N, D]
     reading, fisher, divergence = jax.jit(lenses.read_steps)(model, stations)
-    for got, expected in zip(reading, lenses.read(model, lenses.LOGIT_LENS, stations), strict=True):
+    for got, expected in zip(reading, read(model, lenses.LOGIT_LENS, stations), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-13)
     for n in range(stations.shape[1]):
-        np.testing.assert_allclose(fisher[:, n], lenses.fisher_lengths(model, stations[:, n]), rtol=1e-12)
-        np.testing.assert_allclose(divergence[:, n], lenses.step_divergences(model, stations[:, n]), rtol=1e-12)
+        np.testing.assert_allclose(fisher[:, n], fisher_lengths(model, stations[:, n]), rtol=1e-12)
+        np.testing.assert_allclose(divergence[:, n], step_divergences(model, stations[:, n]), rtol=1e-12)

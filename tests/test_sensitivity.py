@@ -260,7 +260,8 @@ def test_the_gradient_of_any_scalar_at_every_station(name, x64):
     rng = np.random.default_rng(0)
     direction, way = jnp.asarray(rng.normal(size=D)), jnp.asarray(rng.normal(size=(5, T, D)))
     of = lambda walk: jnp.sum(walk.context[-2] * direction) + jnp.sum(walk.stations[1, 0] ** 2)
-    gradient = jw.station_gradient(model, TOKENS, of=of)
+    station_gradient = jax.jit(jw.station_gradient, static_argnames="of")
+    gradient = station_gradient(model, TOKENS, of=of)
     value = jax.jit(lambda step: of(model.walk(TOKENS, nudge=step * way)))
     slope = (value(1e-6) - value(-1e-6)) / 2e-6
     np.testing.assert_allclose(jnp.sum(gradient * way), slope, rtol=1e-7)
@@ -268,5 +269,5 @@ def test_the_gradient_of_any_scalar_at_every_station(name, x64):
     # The path's own scalar, asked for as any other.
     before, after = TOKENS[:-1], TOKENS[1:]
     log_prob = lambda walk: jax.nn.log_softmax(jax.vmap(model.logits)(walk.context))[np.arange(T - 1), after].sum()
-    expected = jw.station_gradient(model, TOKENS)[:, :-1]
-    np.testing.assert_allclose(jw.station_gradient(model, before, of=log_prob), expected, rtol=1e-9, atol=1e-12)
+    expected = station_gradient(model, TOKENS)[:, :-1]
+    np.testing.assert_allclose(station_gradient(model, before, of=log_prob), expected, rtol=1e-9, atol=1e-12)

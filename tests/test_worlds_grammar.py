@@ -300,6 +300,7 @@ def test_another_start_and_stop():
 # Where worlds are used.
 
 
+@pytest.mark.slow
 def test_analyses_take_a_world_without_beliefs():
     world = worlds.grammar(ANBN)
     model = model_of(vocab_size=3, max_length=8, depth=1)
