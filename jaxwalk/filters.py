@@ -22,7 +22,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxwalk._product import times
+from jaxwalk._product import times, times_columns
 from jaxwalk.config import Activation
 
 Key = Any
@@ -117,7 +117,7 @@ class Unembed(nnx.Module):
         """Logits before the soft cap."""
         weight = token_table if self.weight is None else self.weight
         if context.dtype == wide(context.dtype):
-            logits = times(context, weight.T)
+            logits = times_columns(context, weight)
         else:
             logits = jnp.dot(weight, context, preferred_element_type=wide(context.dtype))
         return logits if self.bias is None else logits + self.bias.astype(logits.dtype)

@@ -10,7 +10,7 @@ import pytest
 from scipy.special import erf
 
 from jaxwalk import filters as f
-from jaxwalk._product import times
+from jaxwalk._product import FEW, times, times_columns
 from tests.conftest import float64, normal, perturbed, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
@@ -219,12 +219,14 @@ MAPPED = {
 }
 
 
+@pytest.mark.parametrize("product", [times, times_columns])
 @pytest.mark.parametrize("mapped", MAPPED)
-def test_times_is_the_product_under_every_transformation(mapped, x64):
+def test_times_is_the_product_under_every_transformation(mapped, product, x64):
     """Batched by any nesting of vmaps: values, both derivatives of each order, and a derivative inside the batch."""
     x_axes, w_axes = MAPPED[mapped]
     rng = np.random.default_rng(0)
-    x_shape, w_shape = (D,), (D, E)
+    x_shape, w_shape = (D,), (D, E) if product is times else (E, D)
+    reference = plain if product is times else lambda x, w: plain(x, w.T)
     for size, x_axis, w_axis in zip((2, 3, 4), x_axes[::-1], w_axes[::-1], strict=False):
         x_shape = x_shape if x_axis is None else (*x_shape[:x_axis], size, *x_shape[x_axis:])
         w_shape = w_shape if w_axis is None else (*w_shape[:w_axis], size, *w_shape[w_axis:])
@@ -253,10 +255,19 @@ def test_times_is_the_product_under_every_transformation(mapped, x64):
             "checkpoint": jax.grad(jax.checkpoint(scalar), (0, 1))(*operands),
         }
 
-    for ours, theirs in zip(results(times).items(), results(plain).items(), strict=True):
+    for ours, theirs in zip(results(product).items(), results(reference).items(), strict=True):
         jax.tree.map(
             lambda a, b, name=ours[0]: np.testing.assert_allclose(a, b, 1e-12, 1e-12, err_msg=name), ours[1], theirs[1]
         )
+
+
+@pytest.mark.parametrize("rows", [1, FEW - 1, FEW])
+def test_few_rows_and_many_are_multiplied_alike(rows, x64):
+    rng = np.random.default_rng(0)
+    x, w = jnp.asarray(rng.normal(size=(rows, D))), jnp.asarray(rng.normal(size=(E, D)))
+    scalar = lambda product: lambda x, w: jnp.sin(jax.vmap(product, (0, None))(x, w)).sum()
+    ours, theirs = (jax.jit(jax.value_and_grad(scalar(p), (0, 1))) for p in (times_columns, lambda x, w: x @ w.T))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-12, 1e-12), ours(x, w), theirs(x, w))
 
 
 def test_times_under_scan(x64):

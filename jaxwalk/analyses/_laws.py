@@ -115,9 +115,13 @@ def _binned(p: Float[Array, "T V"], truth: Float[Array, "T V"], kept: Array) -> 
 
 
 def batch_size(law: "Transformer | NGram", length: int) -> int:
-    """How many paths are walked together, so that the largest array in the way has about 2^22 elements."""
+    """How many paths are walked together, so that the largest array in the way has about 2^22 elements.
+
+    Where that is fewer than four, as many more, up to four, as 2^24 elements allow: every batch reads all weights.
+    """
     widest = max(law.vocab_size, 4 * length, 0 if isinstance(law, NGram) else 4 * law.width)
-    return 1 << max(0, min(256, (1 << 22) // (length * widest)).bit_length() - 1)
+    size = max(min(256, (1 << 22) // (length * widest)), min(4, (1 << 24) // (length * widest)))
+    return 1 << max(0, size.bit_length() - 1)
 
 
 def in_batches(function: Callable[..., Any], batch: int, *per_path: np.ndarray) -> Any:

@@ -40,7 +40,7 @@ RUNGS = {
 }
 FIXED = ("causal_mean", "corpus_mean")
 """The rungs whose A is the same for every path, beside A = I: the best of them is what the bias is measured from."""
-FLOATS = 1 << 23
+FLOATS = 1 << 24
 """How many numbers of mixing matrices and of laws a batch may hold."""
 
 WORK = 1e13

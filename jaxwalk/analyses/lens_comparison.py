@@ -30,7 +30,7 @@ LABELS = {
     "least_squares": "least-squares lens",
     "tuned": "tuned lens",
 }
-FLOATS = 1 << 22
+FLOATS = 1 << 24
 """How many numbers of one station's laws, or of all stations, a batch may hold."""
 PLACES = 1 << 25
 """How many numbers of stations may be held in all."""

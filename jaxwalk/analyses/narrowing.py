@@ -274,21 +274,29 @@ def _sampled_entropies(
     model: Transformer, world: Any, contexts: Mapping[int, np.ndarray], steps: int, seed: int
 ) -> dict[str, Float[np.ndarray, "n lengths"]]:
     """The same estimated without bias from one sampled continuation of each context. There is no world's."""
-    columns = []
-    for cut, paths in contexts.items():
-        _, entropy = _walk_on(model, paths, cut, cut - 1 + steps, seed)
-        columns.append(entropy[:, cut - 1 : cut - 1 + steps].sum(axis=1))
-    return {"model": np.stack(columns, axis=1)}
+    rows, n = np.concatenate(list(contexts.values())), len(next(iter(contexts.values())))
+    given = np.repeat(list(contexts), n)
+    _, entropy = _walk_on(model, rows, given, given - 1 + steps, np.tile(np.arange(n), len(contexts)), seed)
+    after = np.take_along_axis(entropy, given[:, None] - 1 + np.arange(steps), axis=1).sum(axis=1)
+    return {"model": after.reshape(len(contexts), n).T}
 
 
 @jax.jit
 def _recurrent(
-    model: Transformer, given: Array, until: Array, seed: Array, rows: Int[Array, "B N"], numbers: Int[Array, " B"]
+    model: Transformer,
+    seed: Array,
+    rows: Int[Array, "B N"],
+    given: Int[Array, " B"],
+    until: Int[Array, " B"],
+    numbers: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     T = rows.shape[1] - 1
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(jax.random.key(seed), given)))(numbers)
+    fold = jax.vmap(jax.random.fold_in)
+    keys = fold(jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(given), numbers)
 
-    def one(i: Array, state: State, token: Array, known: Array, key: Array) -> tuple[State, Array, Array, Array]:
+    def one(
+        i: Array, state: State, token: Array, known: Array, given: Array, key: Array
+    ) -> tuple[State, Array, Array, Array]:
         state, logits = step(model, state, token)
         law = jax.nn.log_softmax(logits)
         sampled = jax.random.categorical(jax.random.fold_in(key, i), law).astype(token.dtype)
@@ -297,26 +305,33 @@ def _recurrent(
 
     def body(i: Array, carry: tuple[State, Array, Array, Array]) -> tuple[State, Array, Array, Array]:
         state, tokens, log_prob, entropy = carry
-        state, tokens, p, h = jax.vmap(one, (None, 0, 0, 0, 0))(i, state, tokens, rows[:, i + 1], keys)
+        state, tokens, p, h = jax.vmap(one, (None, 0, 0, 0, 0, 0))(i, state, tokens, rows[:, i + 1], given, keys)
         return state, tokens, log_prob.at[:, i].set(p), entropy.at[:, i].set(h)
 
     state = jax.vmap(lambda _: init_state(model, T))(rows[:, 0])
     unknown = jnp.zeros((len(rows), T))
-    return lax.fori_loop(0, until, body, (state, rows[:, 0], unknown, unknown))[2:]
+    return lax.fori_loop(0, until.max(), body, (state, rows[:, 0], unknown, unknown))[2:]
 
 
 def _walk_on(
-    model: Transformer, rows: Int[np.ndarray, "n N"], given: int, until: int, seed: int
+    model: Transformer,
+    rows: Int[np.ndarray, "n N"],
+    given: Int[np.ndarray, " n"],
+    until: Int[np.ndarray, " n"],
+    numbers: Int[np.ndarray, " n"],
+    seed: int,
 ) -> tuple[Float[np.ndarray, "n T"], Float[np.ndarray, "n T"]]:
     """Walk the first `given` tokens of each path by the recurrent form, then on, by sampling, for `until` steps in all.
 
-    Log-probability of each token that came, and entropy of its law. One compilation serves all lengths.
+    Log-probability of each token that came, and entropy of its law, of these steps at least. Each path has the random
+    numbers of its number. One compilation serves all lengths, and as every step reads all weights, many paths are
+    walked together: as far as the longest goes, so order them by length.
     """
-    walk = functools.partial(_recurrent, model, np.int32(given), np.int32(until), np.int32(seed))
-    # One law and one state of each path are held at a time. Every step reads all weights, however few the paths.
+    walk = functools.partial(_recurrent, model, np.int32(seed))
+    # One law and one state of each path are held at a time.
     T = rows.shape[1] - 1
-    batch = min(batch_size(model, 1), 1 << max(0, ((1 << 24) // max(1, model.state_size(T))).bit_length() - 1), 64)
-    return in_batches(walk, batch, rows.astype(np.int32), np.arange(len(rows), dtype=np.int32))
+    batch = min(batch_size(model, 1), 1 << max(0, ((1 << 26) // max(1, model.state_size(T))).bit_length() - 1), 64)
+    return in_batches(walk, batch, *(a.astype(np.int32) for a in (rows, given, until, numbers)))
 
 
 def _chain_rule(
@@ -324,7 +339,8 @@ def _chain_rule(
 ) -> tuple[float, dict[str, float]]:
     """Largest error of the chain rule in nats, and what it is held against."""
     N = rows.shape[1]
-    steps, _ = _walk_on(model, rows, N, N - 1, 0)
+    whole = np.full(len(rows), N)
+    steps, _ = _walk_on(model, rows, whole, whole - 1, np.arange(len(rows)), 0)
     joint = observe(model, world, rows).log_prob.sum(axis=1)
     cut_off = np.concatenate([np.where(np.arange(N) < cut, rows, 0) for cut in lengths])
     swapped = np.concatenate([np.where(np.arange(N) < cut, np.roll(rows, 1, axis=0), rows) for cut in lengths])
