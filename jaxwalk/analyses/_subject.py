@@ -192,7 +192,12 @@ def _foreign(source: str | os.PathLike[str], step: int | Literal["latest", "best
     except checkpoint.CheckpointError as error:
         steps, missing["series"] = {}, str(error)
     model, vocabulary = pretrained.load(source, step=step)
-    load_step = lambda step: pretrained.load(source, step=step)[0]
+
+    def load_step(step: int) -> Transformer:  # by name, as a repository would be listed again for its number
+        path = Path(source)
+        inside = path.exists()
+        return pretrained.load(path / steps[step] if inside else source, revision=None if inside else steps[step])[0]
+
     untrained, remarks = None, {}
     if 0 in steps:
         try:
