@@ -890,7 +890,8 @@ def _paper_heatmap(axes: Any, layout: _Layout, mark: _Mark, text: Callable[[obje
     image = axes.imshow(mark.y, cmap=_ramp(layout), vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axes.grid(False)
     cells = _cell_text(mark)
-    if cells is not None:
+    # A panel is about 330 points wide, and a digit 0.6 of its size: what would run into its neighbours is not written.
+    if cells is not None and 330 / mark.y.shape[1] >= 0.6 * 3.5 * max(map(len, cells.ravel())):
         size = float(np.clip(90 / max(mark.y.shape[1], 1), 4, 8.5))
         for (row, column), label in np.ndenumerate(cells):
             value = (mark.y[row, column] - low) / (high - low)

@@ -188,6 +188,16 @@ def test_without_the_plotting_libraries_the_numbers_are_still_written(tmp_path, 
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.parametrize(("columns", "cells"), [(4, "0.123"), (12, "0.123"), (40, None), (40, "1")])
+def test_cells_that_would_run_into_each_other_are_left_blank(tmp_path, columns, cells):
+    labels = np.full((2, columns), cells or "0.123")
+    figure = Figure("heat", "t", "x", "y", (Series("a", "matrix", style="heatmap", text="cells"),))
+    arrays = {"matrix": np.ones((2, columns)), "cells": labels}
+    report.write([finding(arrays=arrays, figures=(figure,))], {}, tmp_path, title="t")
+    drawn = (tmp_path / "figures" / "heat.svg").read_text("utf-8")  # each text as a comment beside its outlines
+    assert (f"<!-- {labels[0, 0]} -->" in drawn) == (cells is not None)
+
+
 def test_a_figure_that_cannot_be_drawn_costs_only_itself(tmp_path):
     broken = Figure("broken", "Broken", "x", "y", (Series("short", "y", "wrong"),))
     good = finding()
