@@ -172,8 +172,8 @@ def test_hyena_filters_start_with_an_energy_of_one(max_length):
 @pytest.mark.parametrize(
     ("names", "segments"),
     [
-        (("linear_mixer", "hyena"), None),
         (("hyena", "gmlp"), (1, 1, 1, 2, 2, 2, 2)),
+        pytest.param(("linear_mixer", "hyena"), None, marks=pytest.mark.slow),
         pytest.param(("linear_mixer", "hyena"), (1, 1, 1, 2, 2, 2, 2), marks=pytest.mark.slow),
         pytest.param(("gmlp", "linear_mixer"), None, marks=pytest.mark.slow),
         pytest.param(("gmlp", "linear_mixer"), (1, 1, 1, 2, 2, 2, 2), marks=pytest.mark.slow),

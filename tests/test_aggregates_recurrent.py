@@ -144,7 +144,7 @@ def test_it_is_what_its_paper_says(name, choices, x64):
         np.testing.assert_allclose(y, expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "lstm" else n for n in NAMES])
 def test_whole_models_are_decomposed_exactly(name, x64):
     each = tuple(jw.aggregates.config(name, **choices) for choices in CHOICES[name])
     model = to64(model_of(aggregate=each, filter=None))

@@ -189,6 +189,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_does(name, run, capsys):
     assert "run: expected one" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_run_a_model_is_trained_in_memory(run, tmp_path, monkeypatch, capsys):
     files = [ast.parse((EXAMPLES / f"{name}.py").read_text("utf-8")) for name in NAMES]
     copies = {ast.dump(node) for file in files for node in file.body if getattr(node, "name", "") == "trained"}
