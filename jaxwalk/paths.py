@@ -385,7 +385,8 @@ def _search(
 
     def extended(search: _Search, children: Array, tokens: Array, lengths: Array, parents: Array) -> _Search:
         """The search with the `children` [n, V] of prefixes, by one token each."""
-        log_probs, ids = lax.top_k(children, min(branch + 1, children.shape[1]))
+        # Behind the barrier, as XLA on CPU sorts all of what is sliced right after.
+        log_probs, ids = lax.optimization_barrier(lax.top_k(children, min(branch + 1, children.shape[1])))
         if branch < children.shape[1]:  # the first of those that are not kept
             search = search._replace(dropped=jnp.maximum(search.dropped, log_probs[:, -1].max()))
             log_probs, ids = log_probs[:, :branch], ids[:, :branch]
