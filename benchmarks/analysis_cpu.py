@@ -4,7 +4,7 @@
     python benchmarks/analysis_cpu.py [score walk gradient decode influence paths] [--rounds 5]
 
 On the shape of GPT-2 small, with the same random weights for both. Two idle CPU cores, jax 0.10.1, PyTorch 2.13.0, the
-fastest of five rounds in turns:
+fastest of five rounds in turns (decode and paths: of three):
 
     score     PyTorch 0.95 s, jaxwalk 0.74 s: 1.28 times as fast
     walk      PyTorch 0.93 s, without its output head 0.58 s, jaxwalk 0.47 s: 1.97 and 1.23

@@ -2,8 +2,8 @@
 
 Under two vmaps (positions, then paths) x @ W is a product with two batch dimensions, and the gradient for W contracts
 both. XLA on CPU writes out a transposed copy of the larger operand for that, and the whole gradient takes more than
-twice as long. The primitive here differs from x @ W in its batching rule only, which makes one batch dimension of all:
-what is differentiated is then two-dimensional. `benchmarks/train_cpu.py` has "plain product" as a contender.
+twice as long. The primitive here differs from x @ W in its batching rule, which makes one batch dimension of all: what
+is differentiated is then two-dimensional. `benchmarks/train_cpu.py` has "plain product" as a contender.
 
 It also knows a matrix that is given by its columns, as output vectors are. XLA on CPU copies such a matrix, transposed,
 before it multiplies; where few rows are multiplied, as in decoding, the copy takes longer than all else: on two cores
