@@ -368,10 +368,7 @@ class _Target:
             return layer.added(y[None], *layer.aggregate_norms, hold=True)[0]
 
         def filter(layer: Layer, x: Array) -> Array:
-            if layer.filter is None or layer.filter_norm is None:
-                return jnp.zeros_like(x[0])
-            y = layer.filter(layer.source(x[self.at][None], layer.filter_norm, hold=True)[0], hold=True)
-            return layer.added(y[None], *layer.filter_norms, hold=True)[0]
+            return layer.filtered(x[self.at][None], hold=True)[0]
 
         return (aggregate, before[0]), (filter, before[1])
 

@@ -8,16 +8,17 @@ space, in which token vectors and context vectors are.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
 from jaxwalk.filters import module
 from jaxwalk.paths import path_log_prob, step_log_probs
-from jaxwalk.transformer import Index, Segments, Tokens, Transformer, Walk, check_index, check_tokens, plain
+from jaxwalk.transformer import Index, Layer, Segments, Tokens, Transformer, Walk, check_index, check_tokens, plain
 
 COMPILING = 2.5e11
 """How many products of a number and a weight take about as long as compiling a block of rows."""
@@ -87,8 +88,9 @@ def _sensitivity(model: Transformer, tokens: Array, segments: Segments | None) -
     T = len(tokens)
     # Each block is compiled by itself: as many as pay. With 8 the work is 9/16 of that with one.
     work = T**2 * model.width * sum(leaf.size for leaf in jax.tree.leaves(model.layers))
-    size = -(-T // max(1, min(8, T // 8, round((work / COMPILING) ** 0.5))))
+    size = -(-T // max(1, min(8, T // 4, round((work / COMPILING) ** 0.5))))
     starts = range(0, T, size)
+    model = _filters_written_out(plain(model), tokens, segments)
 
     def block(start: int) -> Callable[[], Array]:
         end = min(start + size, T)
@@ -103,7 +105,7 @@ def _sensitivity(model: Transformer, tokens: Array, segments: Segments | None) -
 def _sensitivity_rows(model: Transformer, tokens: Array, segments: Segments | None, rows: Array) -> Array:
     """The stated rows; zeros for those after the end."""
     T, D, dtype = len(tokens), model.width, model.embed.table.dtype
-    pull = _context_vjp(_filters_written_out(model, T), tokens, segments)
+    pull = _context_vjp(model, tokens, segments)
     passes = -(-D // max(1, min(64, PASSED // (T * max(T, D)))))
     together = -(-D // passes)
     directions = jnp.arange(passes * together).reshape(passes, together)
@@ -118,40 +120,37 @@ def _sensitivity_rows(model: Transformer, tokens: Array, segments: Segments | No
     return lax.map(row, rows)
 
 
-def _filters_written_out(model: Transformer, length: int) -> Transformer:
-    """The same function, with the Jacobians of as many filters written out as fit."""
-    fitting = WRITTEN_OUT // (length * model.width**2)
+def _filters_written_out(model: Transformer, tokens: Array, segments: Segments | None) -> Transformer:
+    """The same function of this path, with the Jacobians of as many filter steps written out as fit."""
+    fitting = WRITTEN_OUT // (len(tokens) * model.width**2)
+    stations = model.walk(tokens, segments=segments).stations
     layers = list(model.layers)
     for number, layer in enumerate(layers[:fitting]):
         if layer.filter is not None:
-            fields = {field.name: getattr(layer.filter, field.name) for field in dataclasses.fields(layer.filter)}
-            layers[number] = dataclasses.replace(layer, filter=_written_out(type(layer.filter))(**fields))
+            read = stations[2 * number + (layer.placement != "parallel")]
+            fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+            layers[number] = _WrittenOut(**fields, jacobian=jax.vmap(functools.partial(_filter_jacobian, layer))(read))
     return dataclasses.replace(model, layers=tuple(layers), remat=False)
 
 
-@functools.cache
-def _written_out(kind: Any) -> Any:
-    """A kind of filter, [D] -> [D], whose backward pass is one product with its Jacobian, [D, D] for each position.
+def _filter_jacobian(layer: Layer, x: Float[Array, " D"]) -> Float[Array, "D D"]:
+    pull = jax.vjp(lambda x: layer.filtered(x[None])[0], x)[1]
+    return lax.map(lambda c: pull(c)[0], jnp.eye(len(x), dtype=x.dtype), batch_size=min(len(x), 64))
+
+
+@module
+class _WrittenOut(Layer):
+    """A layer whose derivative meets the filter step as one product with its Jacobian, [D, D] for each position.
 
     An MLP of 4 D neurons has 8 D^2 weights, each of which a cotangent would meet: with T x D of them, that is most of
-    the work, and the Jacobian is paid for by the first D.
+    the work, and the Jacobian is paid for by the first D. It holds for the path that it was made of, and its prefixes.
     """
 
-    @jax.custom_vjp
-    def apply(filter: Any, x: Array) -> Array:
-        return kind.__call__(filter, x)
+    jacobian: Float[Array, "T D D"] = nnx.data(kw_only=True)
 
-    def forward(filter: Any, x: Array) -> tuple[Array, Array]:
-        y, pull = jax.vjp(functools.partial(kind.__call__, filter), x)
-        return y, lax.map(lambda c: pull(c)[0], jnp.eye(len(y), dtype=y.dtype), batch_size=min(len(y), 64))
-
-    apply.defvjp(forward, lambda jacobian, cotangent: (None, cotangent @ jacobian))
-
-    class WrittenOut(kind):  # type: ignore[misc]
-        def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
-            return apply(self, x)
-
-    return module(WrittenOut)
+    def filtered(self, x: Float[Array, "T D"], hold: bool = False) -> Float[Array, "T D"]:
+        y = lax.stop_gradient(super().filtered(x))
+        return y + jnp.einsum("tij,tj->ti", self.jacobian[: len(x)], x - lax.stop_gradient(x))
 
 
 def context_jvp(

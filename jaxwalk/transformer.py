@@ -116,15 +116,19 @@ class Layer(nnx.Module):
         """
         first = self.added(aggregate(self.source(x, self.aggregate_norm, hold)), *self.aggregate_norms, hold)
         after_aggregate = edits.apply(self._arrive(x + first, self.aggregate_norm, hold), 0)
-        if self.filter is None or self.filter_norm is None:
-            second, after_filter = jnp.zeros_like(first), after_aggregate
-        else:
-            before = x if self.placement == "parallel" else after_aggregate
-            second = _each(self.filter, hold)(self.source(before, self.filter_norm, hold))
-            second = self.added(second, *self.filter_norms, hold)
+        second = self.filtered(x if self.placement == "parallel" else after_aggregate, hold)
+        after_filter = after_aggregate
+        if self.filter_norm is not None:
             after_filter = self._arrive(after_aggregate + second, self.filter_norm, hold)
         after_filter = edits.apply(after_filter, 1)
         return jnp.stack([after_aggregate, after_filter]), jnp.stack([first, second])
+
+    def filtered(self, x: Float[Array, "T D"], hold: bool = False) -> Float[Array, "T D"]:
+        """What the filter step adds where the stream is x, position by position; zeros without a filter."""
+        if self.filter is None or self.filter_norm is None:
+            return jnp.zeros_like(x)
+        y = _each(self.filter, hold)(self.source(x, self.filter_norm, hold))
+        return self.added(y, *self.filter_norms, hold)
 
     def source(self, x: Float[Array, "T D"], norm: Norm, hold: bool = False) -> Float[Array, "T D"]:
         """What a step with this norm is given where the stream is x: its norm, unless the norm is placed after it."""
