@@ -20,10 +20,10 @@ from jaxwalk.filters import module
 from jaxwalk.paths import path_log_prob, step_log_probs
 from jaxwalk.transformer import Index, Layer, Segments, Tokens, Transformer, Walk, check_index, check_tokens, plain
 
-COMPILING = 2.5e11
-"""How many products of a number and a weight take about as long as compiling a block of rows."""
-PASSED = 1 << 22
-"""How many numbers an array of the backward passes that run together may have, of at most 64 passes."""
+COMPILING = 1.5e11
+"""How many products of two numbers take about as long as compiling a block of rows."""
+PASSED = 1 << 21
+"""About how many numbers the arrays of the backward passes that run together may have: what caches hold."""
 WRITTEN_OUT = 1 << 28
 """How many numbers the Jacobians of filters may have that are written out for `context_sensitivity`."""
 
@@ -87,7 +87,8 @@ def context_sensitivity(model: Transformer, tokens: Tokens, segments: Segments |
 def _sensitivity(model: Transformer, tokens: Array, segments: Segments | None) -> Array:
     T = len(tokens)
     # Each block is compiled by itself: as many as pay. With 8 the work is 9/16 of that with one.
-    work = T**2 * model.width * sum(leaf.size for leaf in jax.tree.leaves(model.layers))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(model.layers))
+    work = T**2 * model.width * (weights + 4 * T * model.width * model.depth)
     size = -(-T // max(1, min(8, T // 4, round((work / COMPILING) ** 0.5))))
     starts = range(0, T, size)
     model = _filters_written_out(plain(model), tokens, segments)
@@ -106,7 +107,7 @@ def _sensitivity_rows(model: Transformer, tokens: Array, segments: Segments | No
     """The stated rows; zeros for those after the end."""
     T, D, dtype = len(tokens), model.width, model.embed.table.dtype
     pull = _context_vjp(model, tokens, segments)
-    passes = -(-D // max(1, min(64, PASSED // (T * max(T, D)))))
+    passes = -(-D // max(1, min(64, PASSED // (T * max(4 * T, D)))))  # as with four heads
     together = -(-D // passes)
     directions = jnp.arange(passes * together).reshape(passes, together)
 
