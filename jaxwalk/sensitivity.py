@@ -77,14 +77,14 @@ def context_sensitivity(model: Transformer, tokens: Tokens, segments: Segments |
 
     Exact, by reverse mode: T x D backward passes, each over the path up to the end of its block of rows, some
     directions at a time. Memory is bounded at any T and D: about `PASSED` numbers for each array of a pass, and at most
-    `WRITTEN_OUT` for the filters' Jacobians. Above the diagonal it is exactly zero. It is the size of a local
-    derivative, and no share of anything: rows do not sum to a whole.
+    twice `WRITTEN_OUT` for the filters' Jacobians, whole and of a block. Above the diagonal it is exactly zero. It is
+    the size of a local derivative, and no share of anything: rows do not sum to a whole.
     """
-    return _sensitivity(model, check_tokens(model, tokens), segments)
+    return _sensitivity(model, check_tokens(model, tokens), None if segments is None else jnp.asarray(segments))
 
 
 @jax.jit
-def _sensitivity(model: Transformer, tokens: Array, segments: Segments | None) -> Array:
+def _sensitivity(model: Transformer, tokens: Array, segments: Array | None) -> Array:
     T = len(tokens)
     # Each block is compiled by itself: as many as pay. With 8 the work is 9/16 of that with one.
     weights = sum(leaf.size for leaf in jax.tree.leaves(model.layers))
@@ -103,30 +103,48 @@ def _sensitivity(model: Transformer, tokens: Array, segments: Segments | None) -
     return lax.map(lambda n: lax.switch(n, blocks), jnp.arange(len(blocks))).reshape(-1, T)[:T]
 
 
-def _sensitivity_rows(model: Transformer, tokens: Array, segments: Segments | None, rows: Array) -> Array:
+def _sensitivity_rows(model: Transformer, tokens: Array, segments: Array | None, rows: Array) -> Array:
     """The stated rows; zeros for those after the end."""
     T, D, dtype = len(tokens), model.width, model.embed.table.dtype
-    pull = _context_vjp(model, tokens, segments)
+    below = dataclasses.replace(model, layers=model.layers[:-1], norm=None)  # whose contexts the last layer is given
+    given = below.walk(tokens, segments=segments).context
+    pull_below = _context_vjp(below, tokens, segments)
     passes = -(-D // max(1, min(64, PASSED // (T * max(4 * T, D)))))  # as with four heads
     together = -(-D // passes)
-    directions = jnp.arange(passes * together).reshape(passes, together)
 
     def row(t: Array) -> Array:
-        def add(squares: Array, directions: Array) -> tuple[Array, None]:
-            unit = jnp.zeros((T, together, D), dtype).at[t, jnp.arange(together), directions].set(1, mode="drop")
-            return squares + jnp.sum(jax.vmap(pull, 1, 1)(unit) ** 2, axis=(1, 2)), None
+        pull_last = jax.vjp(lambda x: _context(model, x, t, segments), given)[1]
 
-        return jnp.sqrt(lax.scan(add, jnp.zeros(T, dtype), directions)[0])
+        def add(squares: Array, directions: Array) -> tuple[Array, None]:
+            pulled = jax.vmap(pull_last, out_axes=1)(jax.nn.one_hot(directions, D, dtype=dtype))[0]
+            return squares + jnp.sum(jax.vmap(pull_below, 1, 1)(pulled) ** 2, axis=(1, 2)), None
+
+        directions = jnp.arange(passes * together).reshape(passes, together)
+        return jnp.where(t < T, jnp.sqrt(lax.scan(add, jnp.zeros(T, dtype), directions)[0]), 0)
 
     return lax.map(row, rows)
 
 
-def _filters_written_out(model: Transformer, tokens: Array, segments: Segments | None) -> Transformer:
-    """The same function of this path, with the Jacobians of as many filter steps written out as fit."""
+def _context(model: Transformer, x: Float[Array, "T D"], t: Array, segments: Array | None) -> Float[Array, " D"]:
+    """The context vector at t where the last layer is given x: of what that layer does, one row."""
+    if not model.layers:
+        return model.context(x[t])
+    layer = model.layers[-1]
+    h = layer.source(x, layer.aggregate_norm)
+    if layer.aggregate.kind == "exact":
+        A, values = layer.aggregate.mixing(h, t[None], segments), layer.aggregate.values(h, segments)
+        y = layer.aggregate.readout(A.astype(values.dtype) @ values, h[t][None])
+    else:  # conditional values are found one after the other: a row is no less work than all
+        y = layer.aggregate(h, segments)[t][None]
+    return model.context(layer(x[t][None], lambda _: y)[0][1, 0])
+
+
+def _filters_written_out(model: Transformer, tokens: Array, segments: Array | None) -> Transformer:
+    """The same function of this path, with the Jacobians of as many filter steps written out as fit, but the last."""
     fitting = WRITTEN_OUT // (len(tokens) * model.width**2)
     stations = model.walk(tokens, segments=segments).stations
     layers = list(model.layers)
-    for number, layer in enumerate(layers[:fitting]):
+    for number, layer in enumerate(layers[:-1][:fitting]):  # of the last one, one position is passed a row
         if layer.filter is not None:
             read = stations[2 * number + (layer.placement != "parallel")]
             fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}

@@ -151,14 +151,17 @@ BLOCKS = {
         {"PASSED": 1, "WRITTEN_OUT": 17 * 16**2},
     ),
     "no filter written out": ({"placement": "post"}, {"WRITTEN_OUT": 0}),
-    "scanned": ({"scan": True, "remat": True, "aggregate": "fixed_mixing"}, {}),
+    "scanned": ({"scan": True, "remat": True, "aggregate": "fixed_mixing", "depth": 4}, {}),
+    "values that depend on values before them": ({"aggregate": "gru"}, {}),
+    "one layer": ({"depth": 1}, {}),
+    "no layer": ({"depth": 0}, {}),
 }
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("case", [c if c[0] == "w" else slow(c) for c in BLOCKS])
 def test_context_sensitivity_in_blocks_of_rows(case, packed, monkeypatch):
-    """However the work is cut up: two blocks, of 9 rows and of 8."""
+    """However the work is cut up: blocks of 5 rows, the last of 2."""
     choices, constants = BLOCKS[case]
     for name, value in ({"COMPILING": 1.0} | constants).items():
         monkeypatch.setattr(jw.sensitivity, name, value)
@@ -184,7 +187,7 @@ def test_context_sensitivity_in_blocks_of_rows(case, packed, monkeypatch):
 @pytest.mark.slow
 def test_memory_of_context_sensitivity_is_bounded():
     """That of all directions of a row at once would be 2 GiB for each array of the neurons."""
-    model = model_of(depth=1, width=512, max_length=512)
+    model = model_of(depth=2, width=512, max_length=512)
     compiled = jw.sensitivity._sensitivity.lower(model, jnp.arange(512) % 5, None).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 2**30
 
