@@ -147,7 +147,7 @@ def test_context_sensitivity_by_two_algorithms(name, packed):
 BLOCKS = {
     "written out, 3 directions of 16 together": ({}, {"PASSED": 3 * 4 * 17**2}),
     "the first filter only, one direction at a time": (
-        {"filter": jw.MLPConfig(gated=True, activation="silu"), "positions": "none"},
+        {"filter": jw.MLPConfig(gated=True, activation="silu"), "positions": "none", "depth": 3},
         {"PASSED": 1, "WRITTEN_OUT": 17 * 16**2},
     ),
     "no filter written out": ({"placement": "post"}, {"WRITTEN_OUT": 0}),
