@@ -11,14 +11,14 @@ fastest of five rounds in turns (decode and paths: of three):
     gradient  PyTorch 1.87 s, jaxwalk 1.60 s: 1.17
     decode    PyTorch 3.12 s, jaxwalk 1.09 s: 2.87; with XLA's product for output vectors, which copies them, 2.69 s
     paths     beam search 0.41 s, top_paths 0.72 s with the beam's budget, and 2.40 s until all 32 are certified
-    influence PyTorch 1254 s, from two of its 32 rows, jaxwalk 253 s: 4.96
+    influence PyTorch 1149 s, from two of its 32 rows, jaxwalk 243 s: 4.73 (another time 1254 s and 253 s: 4.96)
 
 The results agree to 2e-5, scores of -1400 nats and influences of 370 to 1e-4. The aims were 2, 2, 1.5, twice the beam's
 time for paths, and 5: that for paths is reached, those for walks and influence nearly, the others are not: both
 libraries make the same matrix products for scores and gradients, and neither library's are always the faster ones. The
 law of these random weights is flat: the 32 paths hold 0.037 of the probability, the beam's 0.036. The machine's speed
-differed by 1.5 from hour to hour. Influence has one round (ratio of processor times: 4.68), before which jaxwalk
-compiles for half a minute.
+differed by 1.5 from hour to hour. Influence has one round (ratios of processor times 4.52 and 4.68), before which
+jaxwalk compiles for half a minute.
 """
 
 import argparse
