@@ -359,7 +359,7 @@ class _Target:
     def moves(self, layer: Layer, number: int) -> tuple[tuple[Callable[..., Array], Array], ...]:
         """Both steps of a layer at the position, held, as functions of (layer, stream [T, D]), and that stream."""
         walked = self.walk.stations
-        before = walked[2 * number], walked[2 * number + (0 if layer.placement == "parallel" else 1)]
+        before = walked[2 * number], layer.read_by_filter(*walked[2 * number : 2 * number + 2])
 
         def aggregate(layer: Layer, x: Array) -> Array:
             h = layer.source(x, layer.aggregate_norm, hold=True)
@@ -489,7 +489,7 @@ def _by_head(target: _Target, number: int) -> HeadDecomposition:
 def _by_neuron(target: _Target, number: int) -> NeuronDecomposition:
     layer, at = target.model.layers[number], target.at
     filter, norm = layer.filter, layer.filter_norm
-    before = target.walk.stations[2 * number + (0 if layer.placement == "parallel" else 1)]
+    before = layer.read_by_filter(*target.walk.stations[2 * number : 2 * number + 2])
     active = filter.hidden(layer.source(before[at][None], norm)[0])  # type: ignore[union-attr, arg-type]
 
     def out(layer: Layer, y: Array) -> Array:

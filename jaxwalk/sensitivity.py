@@ -131,11 +131,7 @@ def _context(model: Transformer, x: Float[Array, "T D"], t: Array, segments: Arr
         return model.context(x[t])
     layer = model.layers[-1]
     h = layer.source(x, layer.aggregate_norm)
-    if layer.aggregate.kind == "exact":
-        A, values = layer.aggregate.mixing(h, t[None], segments), layer.aggregate.values(h, segments)
-        y = layer.aggregate.readout(A.astype(values.dtype) @ values, h[t][None])
-    else:  # conditional values are found one after the other: a row is no less work than all
-        y = layer.aggregate(h, segments)[t][None]
+    y = layer.aggregate.at(h, t, segments)[None]
     return model.context(layer(x[t][None], lambda _: y)[0][1, 0])
 
 
@@ -146,7 +142,7 @@ def _filters_written_out(model: Transformer, tokens: Array, segments: Array | No
     layers = list(model.layers)
     for number, layer in enumerate(layers[:-1][:fitting]):  # of the last one, one position is passed a row
         if layer.filter is not None:
-            read = stations[2 * number + (layer.placement != "parallel")]
+            read = layer.read_by_filter(*stations[2 * number : 2 * number + 2])
             fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
             layers[number] = _WrittenOut(**fields, jacobian=jax.vmap(functools.partial(_filter_jacobian, layer))(read))
     return dataclasses.replace(model, layers=tuple(layers), remat=False)

@@ -116,12 +116,16 @@ class Layer(nnx.Module):
         """
         first = self.added(aggregate(self.source(x, self.aggregate_norm, hold)), *self.aggregate_norms, hold)
         after_aggregate = edits.apply(self._arrive(x + first, self.aggregate_norm, hold), 0)
-        second = self.filtered(x if self.placement == "parallel" else after_aggregate, hold)
+        second = self.filtered(self.read_by_filter(x, after_aggregate), hold)
         after_filter = after_aggregate
         if self.filter_norm is not None:
             after_filter = self._arrive(after_aggregate + second, self.filter_norm, hold)
         after_filter = edits.apply(after_filter, 1)
         return jnp.stack([after_aggregate, after_filter]), jnp.stack([first, second])
+
+    def read_by_filter(self, x: Float[Array, "T D"], after_aggregate: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Of the stations before and after the aggregate step, the one that the filter step reads."""
+        return x if self.placement == "parallel" else after_aggregate
 
     def filtered(self, x: Float[Array, "T D"], hold: bool = False) -> Float[Array, "T D"]:
         """What the filter step adds where the stream is x, position by position; zeros without a filter."""

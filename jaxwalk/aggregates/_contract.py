@@ -95,6 +95,15 @@ class Aggregate(nnx.Module, abc.ABC):
         values = self.values(x, segments, hold=hold)
         return self.readout(mixing.astype(values.dtype) @ values, x, hold=hold)
 
+    def at(
+        self, x: Float[Array, "T D"], position: Int[Array, ""], segments: Int[Array, " T"] | None = None
+    ) -> Float[Array, " D"]:
+        """The parallel form at one position: of an exact A, that row alone."""
+        if self.kind != "exact":  # conditional values are found one after the other: a row is no less work than all
+            return self(x, segments)[position]
+        A, values = self.mixing(x, position[None], segments), self.values(x, segments)
+        return self.readout(A.astype(values.dtype) @ values, x[position][None])[0]
+
     def init_state(self, length: int) -> State:
         """The state before the first of at most `length` positions."""
         leaf = jax.tree.leaves(self)[0]
@@ -107,12 +116,7 @@ class Aggregate(nnx.Module, abc.ABC):
     def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
         """The next position. Beyond the state's length the output is NaN."""
         history, position = put(state.x[None], state.position, x[None])[0], state.position
-        rows = jnp.minimum(position, len(history) - 1)[None]
-        if self.kind == "none":
-            y = self(history)[rows[0]]
-        else:
-            A, values = self.mixing(history, rows), self.values(history)
-            y = self.readout(A.astype(values.dtype) @ values, x[None])[0]
+        y = self.at(history, jnp.minimum(position, len(history) - 1))
         return History(history, position + 1), jnp.where(position < len(history), y, jnp.nan)
 
     def state_size(self, length: int) -> int:
