@@ -18,9 +18,10 @@ __version__ = "0.1.0"
 # The one list of public names: name -> the room that owns it.
 _ROOMS = {
     "jaxwalk.config": ("ModelConfig", "MLPConfig", "TrainConfig", "WorldData", "TextData"),
-    "jaxwalk.transformer": (
+    "jaxwalk.model": (
         "Transformer",
         "Layer",
+        "Layers",
         "Walk",
         "init",
         "astype",
@@ -43,7 +44,7 @@ _ROOMS = {
         "event_probability",
         "visits",
     ),
-    "jaxwalk.sensitivity": (
+    "jaxwalk.probes": (
         "path_gradient",
         "station_gradient",
         "context_sensitivity",
@@ -51,8 +52,6 @@ _ROOMS = {
         "context_vjp",
         "Spectrum",
         "context_spectrum",
-    ),
-    "jaxwalk.decomposition": (
         "Decomposition",
         "decompose",
         "decompose_steps",
@@ -61,8 +60,6 @@ _ROOMS = {
         "decompose_neurons",
         "logit_readout",
         "log_prob_readout",
-    ),
-    "jaxwalk.lenses": (
         "Lens",
         "LOGIT_LENS",
         "jacobian_lens",
@@ -71,10 +68,12 @@ _ROOMS = {
         "lens_log_probs",
         "fisher_lengths",
         "step_divergences",
-    ),
-    "jaxwalk.interventions": ("patch_effects", "nudge_effects", "mixing_effects"),
-    "jaxwalk.walk_store": ("WalkStore", "write_walks", "read_walks"),
-    "jaxwalk.attribution": (
+        "patch_effects",
+        "nudge_effects",
+        "mixing_effects",
+        "WalkStore",
+        "write_walks",
+        "read_walks",
         "Attribution",
         "held_attribution",
         "gradient_attribution",
@@ -87,24 +86,19 @@ _ROOMS = {
 _SUBMODULES = (
     "aggregates",
     "analyses",
-    "attribution",
     "checkpoint",
     "comparison",
     "config",
-    "decomposition",
     "filters",
-    "interventions",
-    "lenses",
+    "model",
     "paths",
     "pretrained",
+    "probes",
     "report",
-    "sensitivity",
     "sharding",
     "sweep",
     "text",
     "training",
-    "transformer",
-    "walk_store",
     "worlds",
 )
 _OWNER = {name: room for room, names in _ROOMS.items() for name in names}

@@ -26,8 +26,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxwalk import text, worlds
 from jaxwalk.config import FORMAT_VERSION, CheckpointConfig, ConfigError, TrainConfig, WorldData, from_dict, to_dict
+from jaxwalk.model.build import astype, init
+from jaxwalk.model.layout import apart, stacked
+from jaxwalk.model.transformer import Transformer
 from jaxwalk.sharding import shardings
-from jaxwalk.transformer import Transformer, astype, init
 
 
 class CheckpointError(Exception):
@@ -81,6 +83,18 @@ def read_definition(file: Path) -> dict[str, Any]:
             f"{file}: expected format_version from 1 to {FORMAT_VERSION}, got {version!r}. "
             "It was written by a newer jaxwalk: upgrade."
         )
+    return _upgraded(definition)
+
+
+def _upgraded(definition: dict[str, Any]) -> dict[str, Any]:
+    """A definition of an older format as this version writes it."""
+    if definition["format_version"] == 1 and isinstance(definition["config"], dict):
+        config = {**definition["config"]}
+        if isinstance(config.get("model"), dict):
+            # How layers were compiled; they are always stacked now.
+            config["model"] = {key: value for key, value in config["model"].items() if key != "scan"}
+        config.setdefault("unroll", None)
+        definition = {**definition, "config": config}
     return definition
 
 
@@ -131,14 +145,14 @@ class Checkpoints:
             self._parameters.save(
                 step,
                 args=ocp.args.Composite(
-                    parameters=ocp.args.StandardSave(_own(to_dicts(parameters))),
+                    parameters=ocp.args.StandardSave(to_dicts(_apart(parameters))),
                     definition=ocp.args.JsonSave({**self.definition, "step": step, "loss": loss}),
                 ),
                 metrics={"loss": loss},
                 force=True,
             )
         if state is not None and step not in self._state.all_steps():
-            self._state.save(step, args=ocp.args.StandardSave(_own(to_dicts(state))), force=True)
+            self._state.save(step, args=ocp.args.StandardSave(to_dicts(_apart(state))), force=True)
 
     def resume(self, template: Any, step: int | None = None) -> tuple[int, Any, list[int]]:
         """The state to go on from: that of `step`, or the latest, on the shardings of `template`'s leaves.
@@ -172,21 +186,30 @@ class Checkpoints:
             manager.close()
 
 
-def _own(tree: Any) -> Any:
-    # On CPU an asynchronous writer sees the very buffers that the next donated step overwrites.
-    return jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree
+@jax.jit
+def _apart(tree: Any) -> Any:
+    """A copy with layers apart. On CPU an asynchronous writer would see the buffers that the next step overwrites."""
+    return jax.tree.map(jnp.copy, apart(tree))
 
 
 def _read(folder: Path, template: Any, step: int, steps: Iterable[int], option: str) -> Any:
-    """Restore a pytree like `template` (arrays or ShapeDtypeStructs), onto the shardings of its leaves."""
+    """Restore a pytree like `template` (arrays or ShapeDtypeStructs), onto the shardings of its leaves.
+
+    Leaves without a sharding are restored uncommitted to a device: committed ones would compile programs twice.
+    """
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    separate = apart(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding(a)), template))
     wanted = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or local), template
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or local), to_dicts(separate)
     )
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            nested = reader.restore(folder.resolve(), args=ocp.args.StandardRestore(to_dicts(wanted)))
-        return from_dicts(template, nested)
+            nested = reader.restore(folder.resolve(), args=ocp.args.StandardRestore(wanted))
+        restored = from_dicts(separate, nested)
+        on_host = lambda a, like: a if like.sharding is not None else np.asarray(a)
+        restored = stacked(template, jax.tree.map(on_host, restored, separate))
+        place = lambda a, like: jnp.asarray(a) if _sharding(like) is None else jax.device_put(a, _sharding(like))
+        return jax.tree.map(place, restored, template)
     except Exception as error:  # Orbax and tensorstore raise many kinds, all of which mean the same here
         earlier, later = [s for s in steps if s < step], [s for s in steps if s > step]
         if earlier:
@@ -196,6 +219,12 @@ def _read(folder: Path, template: Any, step: int, steps: Iterable[int], option: 
         raise CheckpointError(
             f"step {step} in {folder} is corrupted or incomplete ({_first_line(error)}). {remedy}"
         ) from error
+
+
+def _sharding(leaf: Any) -> Any:
+    """The sharding of a leaf on a mesh; None for any other."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
 def _first_line(error: Exception) -> str:

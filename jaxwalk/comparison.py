@@ -19,7 +19,7 @@ import numpy as np
 from jaxwalk.analyses._finding import Cell, Comparison, Figure, Row, Section, Series
 from jaxwalk.checkpoint import Run, read_metrics
 from jaxwalk.config import ConfigError, WorldData
-from jaxwalk.transformer import init
+from jaxwalk.model import init
 
 
 def compare(folders: Sequence[str | os.PathLike[str]]) -> Comparison:

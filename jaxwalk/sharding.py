@@ -26,8 +26,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for pattern, spec in SHARDING_RULES if re.search(pattern, name)), PartitionSpec())
         ways = [1 if axis is None else mesh.shape[axis] for axis in spec]
-        if len(spec) > leaf.ndim or any(n % w for n, w in zip(leaf.shape, ways, strict=False)):
-            spec = PartitionSpec()
+        # A rule is about the last axes: stacked layers, and the members of a sweep, have more before them.
+        axes = leaf.shape[leaf.ndim - len(spec) :]
+        if len(spec) > leaf.ndim or any(n % w for n, w in zip(axes, ways, strict=True)):
+            return NamedSharding(mesh, PartitionSpec())
+        spec = PartitionSpec(*(None,) * (leaf.ndim - len(spec)), *spec)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, tree)

@@ -21,11 +21,12 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxwalk import text, training, transformer, worlds
+from jaxwalk import text, training, worlds
 from jaxwalk.config import ConfigError, MLPConfig, ModelConfig, TrainConfig, WorldData
 from jaxwalk.filters import Key, stream
-from jaxwalk.paths import path_log_prob, step_log_probs
-from jaxwalk.transformer import Transformer
+from jaxwalk.model.build import init, unrolled
+from jaxwalk.model.transformer import Transformer
+from jaxwalk.paths.law import path_log_prob, scores
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def held_out_losses(
 
 @jax.jit
 def _losses(models: Transformer, paths: Int[Array, "B N"]) -> Float[Array, "M B"]:
-    one = lambda model, path: -step_log_probs(model, path).mean()
+    one = lambda model, path: -scores(model, path).mean()
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(models, paths)
 
 
@@ -192,7 +193,7 @@ def flops(config: ModelConfig) -> float:
     A scan's body counts once, however often it runs, which for recurrent aggregates is too few. NaN where the backend
     does not count.
     """
-    model = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    model = jax.eval_shape(lambda: unrolled(init(config, jax.random.key(0))))  # a scan over layers counts one
     path = jax.ShapeDtypeStruct((config.max_length + 1,), jnp.int32)
     counted = jax.jit(path_log_prob).lower(model, path).cost_analysis() or {}
     return float(counted.get("flops", math.nan))
@@ -200,7 +201,7 @@ def flops(config: ModelConfig) -> float:
 
 def count_parameters(config: ModelConfig) -> int:
     """How many parameters a model of this config has."""
-    return sum(a.size for a in jax.tree.leaves(jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))))
+    return sum(a.size for a in jax.tree.leaves(jax.eval_shape(lambda: init(config, jax.random.key(0)))))
 
 
 def match_parameters(config: ModelConfig, target: int) -> ModelConfig:

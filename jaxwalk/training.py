@@ -23,17 +23,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxwalk import text, transformer, worlds
+from jaxwalk import text, worlds
 from jaxwalk.checkpoint import Checkpoints, definition_of, prepare_workdir, read_metrics
 from jaxwalk.config import ConfigError, MeshConfig, OptimConfig, TrainConfig, WorldData
 from jaxwalk.filters import Key, stream
-from jaxwalk.paths import next_log_probs, sample_paths, scored_steps, step_log_probs
+from jaxwalk.model.build import astype, init, resolved_layers, unrolled
+from jaxwalk.model.build import resolve as resolve_model
+from jaxwalk.model.transformer import Transformer
+from jaxwalk.paths.law import laws, scored_steps, scores
+from jaxwalk.paths.sampling import sample_paths
 from jaxwalk.sharding import shardings
-from jaxwalk.transformer import Transformer, astype
 
 
 class TrainingDiverged(Exception):
@@ -130,7 +134,7 @@ def batch_loss(
 
     axis: the mesh axis that the batch lies on. Without it a sharded kernel inside vmap gathers the whole batch.
     """
-    score = lambda t, s: -step_log_probs(model, t, segments=s).sum()
+    score = lambda t, s: -scores(model, t, segments=s).sum()
     total = jax.vmap(score, spmd_axis_name=axis)(tokens, segments).sum()
     if segments is None:
         return total, jnp.array(tokens.shape[0] * (tokens.shape[1] - 1))
@@ -154,16 +158,32 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (arXiv 1711.05101) that decays matrices only, and no rates of decay."""
-
-    def matrices(model: Transformer) -> Any:
-        rates = frozenset().union(*(layer.aggregate.undecayed for layer in model.layers))
-        return jax.tree_util.tree_map_with_path(lambda path, a: a.ndim >= 2 and path[-1].name not in rates, model)
-
+    """Clipping by the global norm, then AdamW (arXiv 1711.05101), which decays what each module declares in `decays`."""
     adamw = optax.adamw(
-        schedule(config, steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=matrices
+        schedule(config, steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
     )
     return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+
+
+def decay_mask(model: Any) -> Any:
+    """Which leaves of a model weight decay applies to: those of the fields that their module names in `decays`."""
+
+    def of_module(module: Any) -> Any:
+        declared = getattr(module, "decays", frozenset())
+        leaves, structure = jax.tree_util.tree_flatten_with_path(
+            module, is_leaf=lambda node: _is_submodule(node, module)
+        )
+        marks = [
+            of_module(node) if isinstance(node, nnx.Module) else getattr(path[0], "name", None) in declared
+            for path, node in leaves
+        ]
+        return jax.tree.unflatten(structure, marks)
+
+    return of_module(model)
+
+
+def _is_submodule(node: Any, module: Any) -> bool:
+    return isinstance(node, nnx.Module) and node is not module
 
 
 class State(NamedTuple):
@@ -175,8 +195,16 @@ class State(NamedTuple):
 
 def initial_state(config: TrainConfig, update: optax.GradientTransformation, key: Key) -> State:
     """The state at step 0. `key` is the root key of a run, `jax.random.key(seed)`."""
-    model = transformer.init(config.model, stream(key, "model"))
+    model = init(config.model, stream(key, "model"))
+    model = unrolled(model) if unrolls(config) else model
     return State(model, update.init(model))
+
+
+def unrolls(config: TrainConfig) -> bool:
+    """Whether layers are unrolled in training: by default on CPU, where it is faster, up to 12 layers."""
+    if config.unroll is None:
+        return jax.default_backend() == "cpu" and config.model.depth <= 12
+    return config.unroll
 
 
 def train_step(
@@ -281,7 +309,7 @@ def make_evaluation(
 
     def excess(world: worlds.World, model: Transformer, tokens: Array) -> Array:
         exact = world.next_log_probs(tokens)[1:-1]
-        learned = next_log_probs(model, tokens[:-1])
+        learned = laws(model, tokens[:-1])
         return jnp.where(jnp.isneginf(exact), 0, jnp.exp(exact) * (exact - learned)).sum()
 
     @jax.jit
@@ -571,7 +599,7 @@ def train(
 
 
 def _check_kernels(config: TrainConfig) -> None:
-    kernels = {getattr(aggregate, "kernel", None) for aggregate, _ in transformer.resolved_layers(config.model)}
+    kernels = {getattr(aggregate, "kernel", None) for aggregate, _ in resolved_layers(config.model)}
     if "cudnn" in kernels and jax.default_backend() != "gpu":
         raise ConfigError(
             f"kernel: expected 'plain' or 'xla' on {jax.default_backend()}, got 'cudnn', which needs an NVIDIA GPU."
@@ -580,7 +608,9 @@ def _check_kernels(config: TrainConfig) -> None:
 
 def _introduce(config: TrainConfig, workdir: Path, mesh: Mesh, state: State, progress: _Progress) -> None:
     parameters = sum(a.size for a in jax.tree.leaves(state.model))
-    kernels = {getattr(layer.aggregate, "kernel", None) for layer in state.model.layers} - {None}
+    kernels = {
+        getattr(layer.aggregate, "kernel", None) for block in state.model.layers.blocks for layer in block.period
+    } - {None}
     kind = jax.devices()[0].device_kind
     progress.line(
         f"{config.name}: {parameters:,} parameters, {config.compute_dtype}, "
@@ -615,4 +645,4 @@ def resolve(config: TrainConfig) -> TrainConfig:
     data = config.data
     if isinstance(data, WorldData):
         data = WorldData(data.world, worlds.make(data.world, **data.params).params)
-    return dataclasses.replace(config, model=transformer.resolve(config.model), data=data)
+    return dataclasses.replace(config, model=resolve_model(config.model), data=data)

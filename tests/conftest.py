@@ -24,14 +24,10 @@ import jaxwalk.config  # it checks its values itself, and its own errors are tes
 # Shapes are checked under pytest only. The numeric tower: an int is a fine float.
 with install_import_hook("jaxwalk", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import jaxwalk as jw
-    import jaxwalk.attribution
-    import jaxwalk.decomposition
     import jaxwalk.filters
-    import jaxwalk.interventions
-    import jaxwalk.lenses
+    import jaxwalk.model
     import jaxwalk.paths
-    import jaxwalk.sensitivity
-    import jaxwalk.transformer
+    import jaxwalk.probes
 
     for _name in jw.aggregates.names():
         jw.aggregates.config_class(_name)

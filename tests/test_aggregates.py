@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxwalk as jw
 from jaxwalk.aggregates import _linear
-from jaxwalk.aggregates._contract import causal_mask, runs_and_positions
+from jaxwalk.aggregates._contract import causal_mask, documents_of
 from jaxwalk.aggregates._rotary import frequencies, gain
 from jaxwalk.config import ConfigError, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 from tests.conftest import float64, normal, perturbed, to64
@@ -237,15 +237,18 @@ def test_held_it_is_affine_and_its_values_are_what_its_kind_says(variant):
         return leaf if path[-1].name == "bias" else jnp.zeros_like(leaf)
 
     @jax.jit
-    def held(aggregate, x):
+    def forms(aggregate, x):
         A = aggregate.mixing(x)
         slope = jax.tree_util.tree_map_with_path(biases, aggregate), x
         whole, parts = jax.jvp(lambda a, x: a.apply_mixing(x, A, hold=True), (aggregate, x), slope)
+        held = jax.jvp(lambda a, x: a.held(x), (aggregate, x), slope)
         after = aggregate.values(x)[:, 3]
-        return whole, parts, after, aggregate.values(x[3:4])[:, 0], aggregate.values(x[:4])[:, 3]
+        return whole, parts, held, after, aggregate.values(x[3:4])[:, 0], aggregate.values(x[:4])[:, 3]
 
-    whole, parts, values, alone, with_past = held(aggregate, X)
+    whole, parts, held, values, alone, with_past = forms(aggregate, X)
     np.testing.assert_allclose(parts, whole, atol=2e-5, rtol=1e-5)
+    for form in held:  # the held form: its value, and its derivative along its inputs and biases
+        np.testing.assert_allclose(form, whole, atol=2e-5, rtol=1e-5)
     np.testing.assert_allclose(with_past, values, atol=1e-6)
     assert np.allclose(alone, values, atol=1e-6) == (aggregate.kind == "exact")
     G, _, K = jax.eval_shape(aggregate.values, X).shape
@@ -261,6 +264,14 @@ def test_a_row_of_the_mixing_takes_the_memory_of_a_row(variant):
     G = jax.eval_shape(lambda a, x: a.mixing(x), shapes, x).shape[0]
     row = jax.jit(lambda a, x, rows: a.mixing(x, rows)).lower(shapes, x, rows).compile()
     assert row.memory_analysis().temp_size_in_bytes < 4 * N * N * max(G, 8) / 2
+
+
+@each
+def test_every_array_is_a_leaf(variant):
+    """An array field that is not declared as data would be part of the tree's structure, and a tracer in it leaks."""
+    arrays = [value for value in vars(build(variant)).values() if isinstance(value, jax.Array)]
+    leaves = jax.tree.leaves(build(variant))
+    assert all(any(array is leaf for leaf in leaves) for array in arrays)
 
 
 @each
@@ -602,8 +613,8 @@ def test_alibi_slopes_of_the_paper():
     np.testing.assert_allclose(slopes(3), [2.0**-4, 2.0**-8, 2.0**-2])
 
 
-def test_runs_and_positions():
-    runs, positions = runs_and_positions(jnp.array([0, 0, 1, 1, 2, 1, 1]), 7)
+def test_documents():
+    runs, positions = documents_of(jnp.array([0, 0, 1, 1, 2, 1, 1]), 7)
     np.testing.assert_array_equal(runs, [0, 0, 1, 1, 2, 3, 3])
     np.testing.assert_array_equal(positions, [0, 1, 0, 1, 0, 0, 1])
     index = jnp.arange(3)

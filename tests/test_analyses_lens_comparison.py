@@ -7,7 +7,7 @@ import pytest
 
 import jaxwalk as jw
 from jaxwalk.analyses import NotApplicable, lens_comparison
-from jaxwalk.lenses import Lens
+from jaxwalk.probes import Lens
 from tests.test_analyses_geometry import holds, subject_of
 
 NAMES = ("logit", "jacobian", "least_squares", "tuned")

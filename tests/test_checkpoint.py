@@ -13,6 +13,8 @@ import pytest
 
 import jaxwalk as jw
 from jaxwalk import checkpoint, training
+from jaxwalk.model import unrolled
+from jaxwalk.model.layout import apart, path_of, stacked, stored_paths
 from jaxwalk.checkpoint import CheckpointError, Run
 from jaxwalk.config import CheckpointConfig, ConfigError, MeshConfig
 from tests.test_training import small
@@ -40,13 +42,25 @@ def leaves(model) -> list[np.ndarray]:
 def test_any_tree_survives_as_plain_dicts():
     model = jw.init(small().model, jax.random.key(0))
     state = training.State(model, training.optimizer(small().optim, 10).init(model))
-    nested = checkpoint.to_dicts(state)
+    separate = apart(state)
+    nested = checkpoint.to_dicts(separate)
     assert set(nested["model"]["layers"]) == {"0"}
-    assert nested["model"]["layers"]["0"]["filter"]["up"]["weight"] is model.layers[0].filter.up.weight
-    again = checkpoint.from_dicts(state, nested)
+    np.testing.assert_array_equal(nested["model"]["layers"]["0"]["filter"]["up"]["weight"], model.layers[0].filter.up.weight)
+    again = stacked(state, checkpoint.from_dicts(separate, nested))
     assert jax.tree.structure(again) == jax.tree.structure(state)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
-        assert a is b
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_layers_are_apart_on_disk_however_they_are_stacked():
+    """A name for each layer's array, whatever the blocks: hybrids, remainders, unrolled."""
+    aggregates = ("attention", "causal_mean", "attention", "causal_mean", "attention")
+    model = jw.init(jw.ModelConfig(5, 8, width=8, depth=5, aggregate=aggregates), jax.random.key(0))
+    assert len(model.layers.blocks) == 2
+    names = {path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(apart(model))[0]}
+    assert {f"layers/{n}/aggregate/out/weight" for n in range(5)} <= names
+    for form in (model, unrolled(model)):
+        assert {path for paths in stored_paths(form) for path in paths} == names
+        jax.tree.map(np.testing.assert_array_equal, stacked(form, apart(model)), form)
 
 
 def test_kept_steps_are_the_union_of_latest_best_and_log_spaced(run):

@@ -37,7 +37,7 @@ MODEL = ModelConfig(
     [
         ModelConfig(vocab_size=3, max_length=8),
         MODEL,
-        jw.transformer.resolve(MODEL),
+        jw.model.resolve(MODEL),
         dataclasses.replace(MODEL, filter=None, aggregate=jw.aggregates.config("fixed_mixing")),
         TrainConfig(name="w", model=MODEL, data=WorldData("mess3", {"x": 0.1, "deep": {"a": [1, 2]}})),
         TrainConfig(name="t", model=MODEL, data=TextData(tokenizer="bpe", vocab_size=300), seed=7),
@@ -85,11 +85,10 @@ def test_a_config_from_before_a_choice_is_todays_default():
 
 
 def test_a_resolved_config_names_every_layer():
-    resolved = jw.transformer.resolve(MODEL)
+    resolved = jw.model.resolve(MODEL)
     assert len(resolved.aggregate) == len(resolved.filter) == MODEL.depth
     assert all(isinstance(a, jw.aggregates.AggregateConfig) for a in resolved.aggregate)
-    assert resolved.scan is False
-    assert jw.transformer.resolve(resolved) == resolved
+    assert jw.model.resolve(resolved) == resolved
 
 
 def test_configs_are_frozen():

@@ -10,7 +10,7 @@ import pytest
 from jaxtyping import Array, Float
 
 import jaxwalk as jw
-from jaxwalk import decomposition as d
+from jaxwalk.probes import decomposition as d
 from jaxwalk.filters import module
 from tests.conftest import float64, model_of, to64
 
@@ -34,7 +34,7 @@ MODELS = {
     "post-rms": {"placement": "post", "norm": "rms_norm", "filter": jw.MLPConfig(gated=True)},
     "parallel": {"placement": "parallel", "filter": jw.MLPConfig(activation="gelu_tanh")},
     "no-filter": {"filter": None, "aggregate": ("attention", "causal_mean")},
-    "sinusoidal": {"positions": "sinusoidal", "aggregate": "fixed_mixing", "scan": True},
+    "sinusoidal": {"positions": "sinusoidal", "aggregate": "fixed_mixing"},
     "recurrences": {"aggregate": ("retention", "gated_delta_net"), "filter": None},
     "rwkv": {
         "aggregate": ("rwkv4", "rwkv4_channel_mix"),
@@ -60,7 +60,6 @@ MODELS = {
             kv_heads=2, positions="rope", scale=0.4, softcap=1.5, qk_norm=True, qk_norm_unit_offset=True, bias=False
         ),
         "filter": jw.MLPConfig(gated=True, activation="gelu_tanh", bias=False),
-        "scan": True,
     },
     "sandwich-layer-norm": {"placement": "sandwich", "filter": (jw.MLPConfig(), None), "embed_scale": 0.5},
     "res_post": {
@@ -307,10 +306,14 @@ def test_a_long_path_is_decomposed_exactly_and_in_bounded_memory():
         assert cut(model, tokens).error <= 2e-6
     # The mixing matrices of its 12 layers have 192 MiB, and are held once.
     model = model_of(scale=0.05, max_length=1024, width=256, depth=12, aggregate=heads)
-    arguments = (jnp.asarray(tokens), None, jnp.asarray(1023), None)
-    for cut, layer in ((d._by_token, None), (d._by_step, None), (d._by_head, 6)):
-        compiled = d._run.lower(cut, model, *arguments, layer).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < 450 * 2**20, cut
+    arguments = model, jnp.asarray(tokens, jnp.int32), None, jnp.int32(1023), jnp.int32(25)
+    layer = jnp.int32(6)
+    for lowered in (
+        d.by_token.lower(*arguments, None),
+        d._by_step.lower(*arguments),
+        d._by_head.lower(*arguments, layer, layer, slot=(0, 0)),
+    ):
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < 450 * 2**20
 
 
 def test_traced_positions_and_ids_out_of_range_are_nan():
@@ -325,7 +328,7 @@ def test_traced_positions_and_ids_out_of_range_are_nan():
 def test_what_is_not_affine_when_held_is_refused(monkeypatch):
     model = model_of()
     unknown = dataclasses.replace(model.layers[0], filter=_typed(model.layers[0].filter))
-    with pytest.raises(d.DecompositionError, match="expected a relative error of at most 1e-05, got"):
+    with pytest.raises(d.DecompositionError, match="expected an error of at most 1e-05 of the sum of"):
         d.decompose(dataclasses.replace(model, layers=(unknown, model.layers[1])), TOKENS)
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.special import erf
 
 from jaxwalk import filters as f
-from jaxwalk._product import FEW, times, times_columns
+from jaxwalk._products import FEW_ROWS, exact, times, times_columns
 from tests.conftest import float64, normal, perturbed, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
@@ -261,7 +261,7 @@ def test_times_is_the_product_under_every_transformation(mapped, product, x64):
         )
 
 
-@pytest.mark.parametrize("rows", [1, FEW - 1, FEW])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS])
 def test_few_rows_and_many_are_multiplied_alike(rows, x64):
     rng = np.random.default_rng(0)
     x, w = jnp.asarray(rng.normal(size=(rows, D))), jnp.asarray(rng.normal(size=(E, D)))

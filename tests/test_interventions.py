@@ -84,7 +84,7 @@ def test_bad_input():
         sweep(normal(0, 5, 4, 16))
     with pytest.raises(ValueError, match=r"nudge: expected shape \(5, 5, 16\)"):
         unchecked(lambda nudge: jw.nudge_effects(model, TOKENS, nudge))(normal(0, 4, 5, 16))
-    with pytest.raises(ValueError, match=r"replacement in layer 0: expected shape \(4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"replacement: expected shape \(4, 4, 4\)"):
         unchecked(lambda f: jw.mixing_effects(model, TOKENS, f))(lambda A: A[:, :-1])
     with pytest.raises(ValueError, match="expected ids from 0 to 4"):
         jw.patch_effects(model, np.array([1, 4, 0, 2, 7]), normal(0, 5, 5, 16))

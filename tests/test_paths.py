@@ -190,7 +190,7 @@ def test_states_that_are_kept_and_states_that_are_retraced_lead_to_the_same_path
     m = model(aggregate=aggregate)
     run = lambda: jax.jit(lambda m: jw.top_paths(m, PROMPT, 4, 6, budget=64, width=3))(m)
     kept = run()
-    monkeypatch.setattr(paths_module, "STATES", 0)
+    monkeypatch.setattr("jaxwalk.paths.search.STATE_BYTES", 0)
     retraced = run()
     np.testing.assert_array_equal(kept.tokens, retraced.tokens)
     np.testing.assert_allclose(kept.log_probs, retraced.log_probs, atol=2e-5)
@@ -269,15 +269,15 @@ def test_entropy_and_events_are_exact_when_enumerable():
 
 def test_entropy_and_events_are_estimated_with_their_error(monkeypatch):
     rows, log_probs = exact(3)
-    truth = -(np.exp(log_probs) * log_probs).sum(), np.exp(log_probs[(rows == 2).any(1)]).sum()
-    monkeypatch.setattr(paths_module, "ENUMERABLE", 1)
+    truth = -(np.exp(log_probs) * log_probs).sum(), np.exp(log_probs[(rows == 0).any(1)]).sum()
+    monkeypatch.setattr("jaxwalk.paths.estimates.ENUMERABLE", 1)
     keys = jax.random.split(jax.random.key(0), 40)
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 0))  # vmap and jit of the estimates
     def estimates(m, key):
         entropy = jw.path_entropy(m, PROMPT, 3, key=key, samples=100)
-        return entropy, jw.event_probability(m, PROMPT, 3, jw.visits(2), key=key, samples=100)
+        return entropy, jw.event_probability(m, PROMPT, 3, jw.visits(0), key=key, samples=100)
 
     for (value, error, worth), exactly in zip(estimates(model(), keys), truth, strict=True):
         np.testing.assert_allclose(worth, 100, rtol=1e-5)
@@ -315,7 +315,7 @@ def test_estimates_are_within_three_standard_errors_of_enumeration(proposal, mon
         return jax.jit(jax.vmap(over_cases))(models, prompts, ids, least, keys)
 
     exactly = each().value
-    monkeypatch.setattr(paths_module, "ENUMERABLE", 1)
+    monkeypatch.setattr("jaxwalk.paths.estimates.ENUMERABLE", 1)
     value, error, worth = each(samples=256, proposal=proposal)
     assert (np.abs(value - exactly) <= 3 * error).mean() >= 0.95
     assert (worth <= 256 * (1 + 1e-5)).all()
@@ -327,7 +327,7 @@ def test_a_tilted_law_sees_rare_events(monkeypatch):
     m = model(3)
     rare = lambda tokens: (tokens == 2).all()
     truth = float(jw.event_probability(m, PROMPT, 4, rare).value)
-    monkeypatch.setattr(paths_module, "ENUMERABLE", 1)
+    monkeypatch.setattr("jaxwalk.paths.estimates.ENUMERABLE", 1)
     keys = jax.random.split(jax.random.key(0), 20)
     run = lambda proposal: jax.vmap(
         lambda k: jw.event_probability(m, PROMPT, 4, rare, key=k, samples=200, proposal=proposal)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
-from jaxwalk.sensitivity import token_vectors
+from jaxwalk.model import plain
+from jaxwalk.probes import influence
+from jaxwalk.probes.gradients import token_vectors
 from tests.conftest import float64, model_of, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
@@ -145,13 +147,13 @@ def test_context_sensitivity_by_two_algorithms(name, packed):
 
 
 BLOCKS = {
-    "written out, 3 directions of 16 together": ({}, {"PASSED": 3 * 4 * 17**2}),
-    "the first filter only, one direction at a time": (
+    "three directions of 16 together": ({}, {"TOGETHER": 3 * 4 * 17**2}),
+    "one direction at a time": (
         {"filter": jw.MLPConfig(gated=True, activation="silu"), "positions": "none", "depth": 3},
-        {"PASSED": 1, "WRITTEN_OUT": 17 * 16**2},
+        {"TOGETHER": 1},
     ),
-    "no filter written out": ({"placement": "post"}, {"WRITTEN_OUT": 0}),
-    "scanned": ({"scan": True, "remat": True, "aggregate": "fixed_mixing", "depth": 4}, {}),
+    "filters without Jacobians": ({"placement": "post"}, {"JACOBIANS": 0}),
+    "layers of two kinds": ({"remat": True, "aggregate": ("fixed_mixing", "causal_mean"), "depth": 5}, {}),
     "values that depend on values before them": ({"aggregate": "gru"}, {}),
     "one layer": ({"depth": 1}, {}),
     "no layer": ({"depth": 0}, {}),
@@ -159,20 +161,20 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("case", [c if c[0] == "w" else slow(c) for c in BLOCKS])
+@pytest.mark.parametrize("case", [c if c[0] == "t" else slow(c) for c in BLOCKS])
 def test_context_sensitivity_in_blocks_of_rows(case, packed, monkeypatch):
     """However the work is cut up: blocks of 5 rows, the last of 2."""
     choices, constants = BLOCKS[case]
-    for name, value in ({"COMPILING": 1.0} | constants).items():
-        monkeypatch.setattr(jw.sensitivity, name, value)
-    tokens = np.arange(34).reshape(2, 17) % 5
-    segments = jnp.asarray(np.arange(17) // 7 + 1) if packed else None
-    sensitivity = jw.sensitivity._sensitivity.__wrapped__  # not what is compiled with other constants
+    for name, value in constants.items():
+        monkeypatch.setattr(influence, name, value)
+    tokens = np.arange(34, dtype=np.int32).reshape(2, 17) % 5
+    segments = jnp.asarray(np.arange(17, dtype=np.int32) // 7 + 1) if packed else None
+    sensitivity = influence._sensitivity.__wrapped__  # not what is compiled with other constants
 
     @jax.jit
     def both(m, tokens):
         walk = lambda v: m.walk(tokens, vectors=v, segments=segments).context
-        return sensitivity(m, tokens, segments), jax.jacfwd(walk)(token_vectors(m, tokens))
+        return sensitivity(m, tokens, jnp.int32(17), segments), jax.jacfwd(walk)(token_vectors(m, tokens))
 
     with float64():
         model = to64(model_of(max_length=20, **choices))
@@ -188,7 +190,8 @@ def test_context_sensitivity_in_blocks_of_rows(case, packed, monkeypatch):
 def test_memory_of_context_sensitivity_is_bounded():
     """That of all directions of a row at once would be 2 GiB for each array of the neurons."""
     model = model_of(depth=2, width=512, max_length=512)
-    compiled = jw.sensitivity._sensitivity.lower(model, jnp.arange(512) % 5, None).compile()
+    tokens = jnp.arange(512, dtype=jnp.int32) % 5
+    compiled = influence._sensitivity.lower(model, tokens, jnp.int32(512), None).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 2**30
 
 
@@ -227,7 +230,7 @@ def test_products_respect_borders():
 def test_the_spectrum_is_that_of_the_dense_jacobian(name, source, at, steps, x64):
     model = model64(name)
     vectors = token_vectors(model, TOKENS)
-    context = lambda v: jw.sensitivity.plain(model).walk(TOKENS, vectors=vectors.at[source].set(v)).context[at]
+    context = lambda v: plain(model).walk(TOKENS, vectors=vectors.at[source].set(v)).context[at]
     dense = np.asarray(jax.jit(jax.jacfwd(context))(vectors[source]))
     exact = np.linalg.svd(dense, compute_uv=False)
     values, left, right, residual = map(np.asarray, jw.context_spectrum(model, TOKENS, source, at, 3, steps=steps))

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 import jaxwalk as jw
 from jaxwalk import training
+from jaxwalk.model.layout import apart, path_of
 from jaxwalk.config import (
     CheckpointConfig,
     ConfigError,
@@ -128,9 +129,9 @@ def test_parameters_are_sharded_by_their_paths():
     config = small()
     update = training.optimizer(config.optim, config.steps)
     state = training.make_state(config, update, mesh)
-    layer = state.model.layers[0]
-    assert layer.filter.up.weight.sharding.spec == jax.sharding.PartitionSpec(None, "model")
-    assert layer.filter.down.weight.addressable_shards[0].data.shape == (16, 16)
+    layer = state.model.layers.blocks[0].period[0]
+    assert layer.filter.up.weight.sharding.spec == jax.sharding.PartitionSpec(None, None, "model")
+    assert layer.filter.down.weight.addressable_shards[0].data.shape[1:] == (16, 16)
     assert layer.aggregate_norm.scale.sharding.is_fully_replicated
     moments = [a for a in jax.tree.leaves(state.optimizer) if a.shape == layer.filter.up.weight.shape]
     assert moments
@@ -184,20 +185,22 @@ def test_schedules(name):
         assert (rates[10:80] == 2.0).all()
 
 
-def test_weight_decay_acts_on_matrices_only_and_not_on_rates():
+def test_weight_decay_acts_on_what_each_module_declares():
+    """Matrices; no vectors, stacked or not, and no rates, shares or direct terms, whatever their shape."""
     config = OptimConfig(lr=1.0, warmup=0, schedule="constant", weight_decay=0.5, clip=None)
     update = training.optimizer(config, 10)
-    layers = ("attention", "mamba", "s4d")
-    model = jw.init(jw.ModelConfig(5, 8, width=8, depth=3, aggregate=layers), jax.random.key(0))
+    layers = ("attention", "mamba", "s4d", "rwkv4", "rwkv4_channel_mix", "rwkv7", "hyena", "gmlp", "gru")
+    model = jw.init(jw.ModelConfig(5, 8, width=8, depth=18, aggregate=layers, tied=True), jax.random.key(0))
+    assert [block.repeats for block in model.layers.blocks] == [2]
     model = jax.tree.map(jnp.ones_like, model)
     changes, _ = jax.jit(update.update)(jax.tree.map(jnp.zeros_like, model), update.init(model), model)
-    rates = [changes.layers[1].aggregate.A_log, changes.layers[2].aggregate.log_neg_re, changes.layers[2].aggregate.im]
-    decayed = 0
-    for leaf in jax.tree.leaves(changes):
-        spared = leaf.ndim < 2 or any(leaf is rate for rate in rates)
-        np.testing.assert_allclose(leaf, 0 if spared else -0.5)
-        decayed += not spared
-    assert decayed > 10
+    spared = {"A_log", "log_neg_re", "im", "shares", "direct", "scale", "bias", "skip", "log_dt", "bonus", "removal"}
+    decayed = set()
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(apart(changes))[0]:
+        matrix = leaf.ndim >= 2 and keys[-1].name not in spared
+        np.testing.assert_allclose(leaf, -0.5 if matrix else 0, err_msg=path_of(keys))
+        decayed |= {path_of(keys)} if matrix else set()
+    assert {"embed/table", "positions/table", "layers/0/aggregate/qkv/weight", "layers/2/aggregate/C_re"} <= decayed
 
 
 def test_excess_loss_is_the_expected_divergence_from_the_world():

@@ -1,18 +1,18 @@
 """Aggregates: how positions are combined. One file each, found by its name; one contract, `Aggregate`.
 
-A file `foo.py` here defines `Config`, an `AggregateConfig` with `name = "foo"`, whose `init` makes the module.
-That is all there is to adding one: the tests discover it and hold it to every law of the contract. It may lie in any
-folder that is appended to `jaxwalk.aggregates.__path__`.
+A file `foo.py` here defines `Config`, an `AggregateConfig` with `name = "foo"`, whose `init` returns the module. Nothing
+else is needed to add one: the tests discover it and hold it to every law of the contract. The file may be in any folder
+that is appended to `jaxwalk.aggregates.__path__`.
 
 FNet (Lee-Thorp et al., arXiv 2105.03824) is not here: a Fourier transform over positions lets every position see the
-future, and cut to be causal it would no longer be FNet. `linear_mixer` and `fixed_mixing` mix by position alone.
+future, and a causal version of it would no longer be FNet. `linear_mixer` and `fixed_mixing` mix by position alone.
 """
 
 import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
-from jaxwalk.config import AggregateConfig, ConfigError, unknown
+from jaxwalk.config import AggregateConfig, ConfigError, from_dict, register_family, unknown
 
 if TYPE_CHECKING:
     from jaxwalk.aggregates._contract import Aggregate
@@ -34,9 +34,10 @@ def config_class(name: str) -> type[AggregateConfig]:
 
 def config(name: str, **choices: Any) -> AggregateConfig:
     """The config of the aggregate `name` with `choices`. Raises ConfigError for an unknown name, choice or value."""
-    from jaxwalk.config import from_dict
-
     return from_dict(config_class(name), choices)
+
+
+register_family("aggregates", config_class)
 
 
 def __getattr__(name: str) -> Any:

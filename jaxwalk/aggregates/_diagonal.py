@@ -1,7 +1,7 @@
-"""What elementwise recurrences share: h_t = a_t h_(t-1) + b_t, real or complex, and the rows of their mixing matrices.
+"""Elementwise recurrences h_t = a_t h_(t-1) + b_t, real or complex, and the rows of their mixing matrices.
 
-A document starts with a decay a of 0, which forgets what was before it. Nothing is divided by a product of decays, and
-no logarithms are subtracted, so that decays of 0 and 1 are exact and have finite derivatives.
+A document starts with a decay a of 0, which erases what came before. Nothing is divided by a product of decays, and no
+logarithms are subtracted, so that decays of 0 and 1 are exact and have finite derivatives.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from jaxtyping import Array, Int, Num
 
 
 def recur(decay: Num[Array, " T *n"], entering: Num[Array, " T *n"], start: Num[Array, "*n"]) -> Num[Array, " T *n"]:
-    """All h_t, from `start` before the first position.
+    """All h_t, given h = `start` before the first position.
 
-    A scan on CPU, where it is 1.3 to 3 times faster with its gradient; elsewhere an associative scan (Blelloch 1990),
-    which takes log T steps. Chunks and unrolling gain nothing: it waits for memory.
+    On CPU a scan, which is 1.3 to 3 times faster there, gradient included; elsewhere an associative scan (Blelloch
+    1990), which takes log T steps. Chunks and unrolling gain nothing, as the recurrence is bound by memory.
     """
 
     def one_by_one(decay: Array, entering: Array, start: Array) -> Array:
@@ -47,7 +47,7 @@ def rows_of(
 ) -> Num[Array, " T R *n"]:
     """[j, i, ...]: reads_i (the product of the decays after j up to i) writes_j, and 0 for j > i.
 
-    What position rows[i] reads of what position j wrote: rows of A, source positions first.
+    This is what position rows[i] reads of what position j wrote: rows of A, with the source positions first.
     """
 
     def back(carried: Array, at: tuple[Array, Array, Array]) -> tuple[Array, Array]:
@@ -65,9 +65,9 @@ def recur_and_read(
 ) -> tuple[Num[Array, " T *n"], Num[Array, " N *n"]]:
     """sum over N of reads_t h_t for all t, and the last h, where decay_t, entering_t and reads_t are parts(at_t).
 
-    `recur` for states that are much larger than what they are made of and what is read of them: on CPU these exist
-    for one position at a time, and of a forward pass only the states are kept for the backward pass, in which the
-    decays are made again. With its gradient it is 2 to 4 times faster than making them before the scan.
+    `recur` for states that are much larger than their inputs and than what is read from them: on CPU decays and inputs
+    of the state exist for one position at a time; the backward pass keeps only the states and recomputes the decays.
+    Gradient included, this is 2 to 4 times faster than computing them before the scan.
     """
 
     def one_by_one(at: Any, start: Array) -> tuple[Array, Array]:
@@ -94,7 +94,7 @@ def rows_read(
     at: Any,
     reads: Num[Array, "R N *n"],
 ) -> Num[Array, " T R *n"]:
-    """`rows_of` for such states, summed over the state, the first axis: decay_t and writes_t are parts(at_t)."""
+    """`rows_of` for the states of `recur_and_read`, summed over the state axis: decay_t and writes_t are parts(at_t)."""
 
     def back(carried: Array, source: tuple[Array, Any]) -> tuple[Array, Array]:
         j, at = source

@@ -1,13 +1,13 @@
-"""What gated recurrent networks share: gates that read the network's own past, and the mixing matrix they make.
+"""Gated recurrent networks: gates that read the past of the network, and the mixing matrix they make.
 
 Channel by channel s_i = keep_i s_(i-1) + write_i v_i and h_i = read_i s_i, where gates and candidates v_i are
-functions of x_i and h_(i-1). So h = A v with A_ij = read_i (product of keep over j < m <= i) write_j: no more than
-algebra, but v is no filter of one position, hence the kind "conditional".
+functions of x_i and h_(i-1). So h = A v with A_ij = read_i (product of keep over j < m <= i) write_j. That is an identity,
+but v is not a function of one position: hence the kind "conditional".
 """
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.aggregates._contract import Aggregate, runs_and_positions
+from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments, documents_of, last
 from jaxwalk.aggregates._diagonal import rows_of
 from jaxwalk.filters import Key, Linear, held, module, tanh_gate, wide
 
@@ -29,28 +29,20 @@ class Gates(NamedTuple):
     read: Float[Array, "*n H"]
 
 
-class State(NamedTuple):
-    """h first, and what else the cell remembers, in at least float32."""
-
-    memory: Float[Array, "N H"]
-    position: Int[Array, ""]
-    length: Int[Array, ""]
-
-
 @module
 class RecurrentNetwork(Aggregate):
-    """The recurrence above; G is the H channels of the hidden state. A family says what its `cell` is.
+    """The recurrence above; G is the H channels of the hidden state. A family defines its `cell`.
 
-    Held are all gates, and tanh(a) / a, which leaves the recurrence affine in the inputs. Only the product with the
-    hidden state is in the scan; that with the inputs is taken for all positions before.
+    The memory is what the cell remembers, h first, in at least float32. Held are all gates, and tanh(a) / a, which
+    leaves the recurrence affine in the inputs. Only the product with the hidden state is inside the scan; that with the
+    inputs is computed for all positions beforehand.
     """
 
-    granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
-    kind: ClassVar[Literal["exact", "conditional", "none"]] = "conditional"
+    granularity = "channel"
+    kind = "conditional"
     memories: ClassVar[int]
-    """N, the vectors that the cell remembers."""
-
-    reads: ClassVar[frozenset[str]] = frozenset({"input"})
+    """N, the number of vectors that the cell remembers."""
+    reads = frozenset({"input"})
 
     input: Linear = nnx.data()
     """To the arguments of all gates and of the candidate, side by side."""
@@ -60,70 +52,57 @@ class RecurrentNetwork(Aggregate):
 
     @abc.abstractmethod
     def cell(
-        self, memory: Float[Array, "N H"], given: Float[Array, " E"], hold: bool
+        self, memory: Float[Array, "N H"], inputs: Float[Array, " E"], hold: bool
     ) -> tuple[Float[Array, "N H"], Gates]:
-        """The next memory and the factors that led to it. given: what the inputs give the gates."""
+        """The next memory and the factors that led to it, where `inputs` is `input` of the position."""
 
-    def _given(self, x: Array) -> Array:
+    def _inputs(self, x: Array) -> Array:
         return jax.vmap(self.input)(x).astype(wide(x.dtype))
 
     def _from_hidden(self, h: Array) -> Array:
         return self.recurrent(h.astype(self.recurrent.weight.dtype)).astype(h.dtype)
 
-    def _run(
-        self, x: Array, segments: Array | None, of: Callable[[Array, Gates], Any], hold: bool = False
-    ) -> tuple[Array, Any]:
-        """The last memory, and `of` each position's memory and factors."""
+    def _run(self, x: Array, documents: Documents, keep: Callable[[Array, Gates], Any], hold: bool = False) -> Any:
+        """`keep` of the memory and the factors at each position."""
 
         def step(memory: Array, at: tuple[Array, Array]) -> tuple[Array, Any]:
-            given, first = at
-            memory, gates = self.cell(jnp.where(first, 0, memory), given, hold)
-            return memory, of(memory, gates)
+            inputs, first = at
+            memory, gates = self.cell(jnp.where(first, 0, memory), inputs, hold)
+            return memory, keep(memory, gates)
 
-        _, positions = runs_and_positions(segments, len(x))
-        return lax.scan(step, self.init_state(0).memory, (self._given(x), positions == 0))
+        return lax.scan(step, self.init_memory(len(x)), (self._inputs(x), documents.first))[1]
 
-    def values(
-        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
-    ) -> Float[Array, "H T 1"]:
-        _, v = self._run(x, segments, lambda memory, gates: gates.value, hold)
+    def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "H T 1"]:
+        v = self._run(x, documents_of(segments, len(x)), lambda memory, gates: gates.value, hold)
         return v.astype(x.dtype).T[..., None]
 
-    def mixing(
-        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    def mixing_rows(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "H R T"]:
-        rows = jnp.arange(len(x)) if rows is None else rows
-        _, (_, keep, write, read) = self._run(x, segments, lambda memory, gates: gates)
-        first = (runs_and_positions(segments, len(x))[1] == 0)[:, None]
-        return rows_of(rows, jnp.where(first, 0, keep), write, read[rows]).transpose(2, 1, 0)
+        gates = self._run(x, documents, lambda memory, gates: gates)
+        keep = jnp.where(documents.first[:, None], 0, gates.keep)
+        return rows_of(rows, keep, gates.write, gates.read[rows]).transpose(2, 1, 0)
 
     def readout(self, y: Float[Array, "H R 1"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         return jax.vmap(self.out)(y[..., 0].T)
 
-    def __call__(self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None) -> Float[Array, "T D"]:
-        return self._parallel(x, segments)[1]
+    def parallel(
+        self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
+    ) -> tuple[Float[Array, "T D"], Any]:
+        memory = self._run(x, documents, lambda memory, gates: memory, hold)
+        return jax.vmap(self.out)(memory[:, 0].astype(x.dtype)), last(memory, count)
 
-    def _parallel(self, x: Array, segments: Array | None) -> tuple[Array, Array]:
-        memory, h = self._run(x, segments, lambda memory, gates: memory[0])
-        return memory, jax.vmap(self.out)(h.astype(x.dtype))
-
-    def init_state(self, length: int) -> State:
+    def init_memory(self, length: int) -> Any:
         weight = self.recurrent.weight
-        return State(jnp.zeros((self.memories, len(weight)), wide(weight.dtype)), jnp.array(0), jnp.array(length))
+        return jnp.zeros((self.memories, weight.shape[-2]), wide(weight.dtype))
 
-    def prefill(self, x: Float[Array, "P D"], length: int) -> tuple[Float[Array, "P D"], State]:
-        memory, y = self._parallel(x, None)
-        return y, State(memory, jnp.array(len(x)), jnp.array(length))
-
-    def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
-        memory, _ = self.cell(state.memory, self._given(x[None])[0], False)
-        position = state.position + 1
-        y = self.out(memory[0].astype(x.dtype))
-        return State(memory, position, state.length), jnp.where(position <= state.length, y, jnp.nan)
+    def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
+        memory, _ = self.cell(memory, self._inputs(x[None])[0], False)
+        return memory, self.out(memory[0].astype(x.dtype))
 
 
 def recurrent_weights(hidden: int, gates: int, *, bias: bool, key: Key) -> Linear:
-    """An orthogonal matrix for each gate, side by side (Saxe et al., arXiv 1312.6120); zero bias (or none)."""
+    """An orthogonal matrix for each gate, side by side (Saxe et al., arXiv 1312.6120); a zero bias, or None."""
     square = jax.random.orthogonal(key, hidden, (gates,), jnp.float32)
     return Linear(
         square.transpose(1, 0, 2).reshape(hidden, -1), jnp.zeros(gates * hidden, jnp.float32) if bias else None
@@ -131,5 +110,5 @@ def recurrent_weights(hidden: int, gates: int, *, bias: bool, key: Key) -> Linea
 
 
 def tanh(a: Float[Array, "*n"], hold: bool) -> Float[Array, "*n"]:
-    """tanh(a); if `hold`, as the constant tanh(a) / a times a."""
+    """tanh(a); with `hold`, the constant tanh(a) / a times a."""
     return held(tanh_gate(a), hold) * a if hold else jnp.tanh(a)

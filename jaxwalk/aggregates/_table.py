@@ -1,23 +1,23 @@
-"""What heads share whose A is learned by position, as a table, and does not look at the tokens."""
+"""Heads whose A is a learned table of positions, independent of the tokens."""
 
 import abc
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxwalk.aggregates._contract import Aggregate, causal_mask, put, runs_and_positions
+from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments, causal_mask, put
 from jaxwalk.config import AggregateConfig, ConfigError
-from jaxwalk.filters import Linear, module, wide
+from jaxwalk.filters import Linear, indices, module, wide
 
 
 @dataclass(frozen=True)
 class TableConfig(AggregateConfig):
-    """The choices that all of them have."""
+    """The choices that all tables have."""
 
     heads: int = 4
     bias: bool = True
@@ -27,25 +27,16 @@ class TableConfig(AggregateConfig):
             yield f"heads: expected at least 1, got {self.heads}"
 
     def check_width(self, width: int) -> None:
-        """Raises ConfigError unless the heads share the width."""
+        """Raises ConfigError unless heads divide the width."""
         if width % self.heads:
             raise ConfigError(f"heads: expected a divisor of width = {width}, got {self.heads}.")
 
 
-class State(NamedTuple):
-    """The values seen so far."""
-
-    values: Float[Array, "G N K"]
-    position: Int[Array, ""]
-
-
 @module
 class TableAggregate(Aggregate):
-    """Linear values, mixed in each head as a table says; a family says what its `weights` are."""
+    """Linear values, mixed in each head as a table says; a family defines its `weights`. The memory is all values."""
 
-    granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
-    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
-    reads: ClassVar[frozenset[str]] = frozenset({"value"})
+    reads = frozenset({"value"})
 
     value: Linear = nnx.data()
     out: Linear = nnx.data()
@@ -59,42 +50,37 @@ class TableAggregate(Aggregate):
     def weights(
         self, rows: Int[Array, " R"], columns: Int[Array, " C"], allowed: Bool[Array, "R C"]
     ) -> Float[Array, "G R C"]:
-        """A, at positions in their documents: 0 where a row may not look, NaN in a row beyond the table."""
+        """A at positions in their documents: 0 where a row may not look, NaN in a row beyond the table."""
 
-    def values(
-        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
-    ) -> Float[Array, "G T K"]:
+    def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "G T K"]:
         return jax.vmap(self.value)(x).reshape(len(x), self.heads, -1).transpose(1, 0, 2)
 
-    def mixing(
-        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    def mixing_rows(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "G R T"]:
-        runs, positions = runs_and_positions(segments, len(x))
-        columns = jnp.arange(len(x))
-        rows = columns if rows is None else rows
-        return self.weights(positions[rows], positions, causal_mask(rows, columns, runs))
+        return self.weights(documents.position[rows], documents.position, documents.visible(rows))
 
-    def readout(self, y: Float[Array, "G T K"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
+    def readout(self, y: Float[Array, "G R K"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         return jax.vmap(self.out)(y.transpose(1, 0, 2).reshape(y.shape[1], -1))
 
-    def init_state(self, length: int) -> State:
+    def parallel(
+        self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
+    ) -> tuple[Float[Array, "T D"], Any]:
+        values, A = self.values(x), self.mixing(x, segments=documents)
+        return self.readout(A.astype(values.dtype) @ values, x), values
+
+    def init_memory(self, length: int) -> Any:
         weight = self.value.weight
-        return State(jnp.zeros((self.heads, length, weight.shape[-1] // self.heads), weight.dtype), jnp.array(0))
+        return jnp.zeros((self.heads, length, weight.shape[-1] // self.heads), weight.dtype)
 
-    def prefill(self, x: Float[Array, "P D"], length: int) -> tuple[Float[Array, "P D"], State]:
-        values = self.init_state(length).values.at[:, : len(x)].set(self.values(x))
-        return self(x), State(values, jnp.array(len(x)))
-
-    def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
-        position = state.position
-        values = put(state.values, position, self.values(x[None])[:, 0])
-        columns = jnp.arange(values.shape[1])
+    def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
+        values = put(memory, position, self.values(x[None])[:, 0])
+        columns = indices(values.shape[1])
         A = self.weights(position[None], columns, causal_mask(position[None], columns))
-        y = self.readout(A.astype(values.dtype) @ values, x[None])[0]
-        return State(values, position + 1), jnp.where(position < values.shape[1], y, jnp.nan)
+        return values, self.readout(A.astype(values.dtype) @ values, x[None])[0]
 
 
 def entries(table: Float[Array, "*G M M"], rows: Int[Array, " R"], columns: Int[Array, " C"]) -> Float[Array, "*G R C"]:
-    """The table at these positions, in at least float32; NaN beyond it."""
-    found = table.at[..., rows[:, None], columns[None, :]].get(mode="fill", fill_value=jnp.nan)
-    return found.astype(wide(table.dtype))
+    """The entries of `table` at these positions, in at least float32; NaN beyond it."""
+    chosen = table.at[..., rows[:, None], columns[None, :]].get(mode="fill", fill_value=jnp.nan)
+    return chosen.astype(wide(table.dtype))

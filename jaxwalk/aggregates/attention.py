@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.aggregates._contract import Aggregate, causal_mask, put, runs_and_positions
-from jaxwalk.aggregates._rotary import rotate
+from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments, causal_mask, put
+from jaxwalk.aggregates._rotary import frequencies, gain, rotate
 from jaxwalk.config import AggregateConfig, ConfigError, LongRopeScaling, RopeScaling
-from jaxwalk.filters import Linear, RMSNorm, module, softcapped, wide
+from jaxwalk.filters import Linear, RMSNorm, held, indices, module, softcapped, wide
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,25 @@ class Config(AggregateConfig):
     kv_heads: int | None = None
     """Heads of keys and values, each shared by heads / kv_heads query heads; by default as many as `heads`."""
     head_width: int | None = None
-    """By default width / heads."""
+    """K; by default width / heads."""
     positions: Literal["none", "rope", "alibi"] = "none"
     rope_theta: float = 10000.0
     rope_width: int | None = None
-    """How many channels of a head RoPE rotates, the first ones; by default all."""
+    """How many channels of a head, from the first on, RoPE rotates; by default all."""
     rope_scaling: RopeScaling | None = None
     scale: float | None = None
-    """What q . k is multiplied by; by default 1 / sqrt(head_width)."""
+    """The factor on q . k; by default 1 / sqrt(head_width)."""
     softcap: float | None = None
     """Scores become cap * tanh(scores / cap), as in Gemma 2 (Bello et al., arXiv 1611.09940)."""
     window: int | None = None
-    """A position sees itself and the window - 1 before it; by default all before it."""
+    """A position sees itself and the window - 1 positions before it; by default all before it."""
     qk_norm: bool = False
     """RMS-normalise queries and keys (Henry et al., arXiv 2010.04245)."""
     qk_norm_over: Literal["head", "width"] = "head"
     """The channels of a head, or of all heads together, as in OLMo 2."""
     qk_norm_eps: float = 1e-5
     qk_norm_unit_offset: bool = False
-    """That norm multiplies by 1 + scale instead of scale, as in Gemma 3."""
+    """That norm multiplies by 1 + scale, as in Gemma 3."""
     bias: bool = True
     """Of queries, keys and values, and of the output unless `out_bias` says otherwise."""
     out_bias: bool | None = None
@@ -83,7 +83,7 @@ class Config(AggregateConfig):
                 len(self.rope_scaling.factors)
             )
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "Attention":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "Attention":
         if self.head_width is None and width % self.heads:
             raise ConfigError(f"heads: expected a divisor of width = {width} (or head_width given), got {self.heads}.")
         K = self.head_width or width // self.heads
@@ -121,15 +121,25 @@ class Config(AggregateConfig):
         )
 
 
-class State(NamedTuple):
+class Memory(NamedTuple):
     """Keys and values of the positions seen, in a ring of the window's size where there is a window."""
 
     keys: Float[Array, "G N K"]
     values: Float[Array, "G N K"]
     seen: Int[Array, " N"]
     """The position in each slot, -1 if none."""
-    position: Int[Array, ""]
-    length: Int[Array, ""]
+
+
+class Scanned(NamedTuple):
+    """The choices that may differ between stacked layers, as arrays: window, rotary frequencies, and their gain."""
+
+    window: Int[Array, ""]
+    frequencies: Float[Array, " F"]
+    gain: Float[Array, ""]
+
+
+UNLIMITED = 1 << 30
+"""The window of a layer without one, where stacked layers differ."""
 
 
 @module
@@ -139,15 +149,14 @@ class Attention(Aggregate):
     Keys and values of a group are shared by its query heads, in order: head h uses group h // (heads / kv_heads).
     """
 
-    granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
-    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
-    reads: ClassVar[frozenset[str]] = frozenset({"qkv"})
+    reads = frozenset({"qkv"})
+    varying = {"window": None, "rope_theta": 1.0, "rope_scaling": None}  # noqa: RUF012
 
     qkv: Linear = nnx.data()
-    """Queries, keys and values of all heads, in this order, from one matrix."""
+    """One matrix for the queries, keys and values of all heads, in this order."""
     out: Linear = nnx.data()
     q_norm: RMSNorm | None = nnx.data()
-    """Over each head, or over the queries of all heads together, as wide as it is."""
+    """Over each head, or over the queries of all heads together, depending on its width."""
     k_norm: RMSNorm | None = nnx.data()
     heads: int
     kv_heads: int
@@ -159,11 +168,36 @@ class Attention(Aggregate):
     softcap: float | None
     window: int | None
     kernel: Literal["plain", "xla", "cudnn"]
+    scanned: Scanned | None = nnx.data(default=None)
 
     @property
     def head_width(self) -> int:
         """K."""
         return self.out.weight.shape[-2] // self.heads
+
+    def setting(self) -> Scanned:
+        F = self.rope_width if self.positions == "rope" else 0
+        return Scanned(
+            jnp.array(UNLIMITED if self.window is None else self.window, jnp.int32),
+            jnp.array(frequencies(F, self.rope_theta, self.rope_scaling), jnp.result_type(float)),
+            jnp.array(gain(self.rope_scaling), jnp.result_type(float)),
+        )
+
+    @classmethod
+    def common_setting(cls, values: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+        windows = [window for window, *_ in values]
+        return None if None in windows else max(windows), *list(cls.varying.values())[1:]
+
+    def _window(self) -> Any:
+        return self.window if self.scanned is None else self.scanned.window
+
+    def _rotate(self, x: Array, positions: Array) -> Array:
+        if self.positions != "rope":
+            return x
+        if self.scanned is not None:
+            return rotate(x, positions, self.scanned.frequencies, self.scanned.gain)
+        turns = frequencies(self.rope_width, self.rope_theta, self.rope_scaling)
+        return rotate(x, positions, turns, gain(self.rope_scaling))
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries [H, T, K], keys [kv, T, K], values [kv, T, K] of x [T, D] at `positions` [T]."""
@@ -172,9 +206,7 @@ class Attention(Aggregate):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         q, k, v = (part.reshape(len(x), -1, K).transpose(1, 0, 2) for part in (q, k, v))
-        if self.positions == "rope":
-            q, k = (rotate(a, positions, self.rope_theta, self.rope_width, self.rope_scaling) for a in (q, k))
-        return q, k, v
+        return self._rotate(q, positions), self._rotate(k, positions), v
 
     def _weights(self, q: Array, k: Array, rows: Array, columns: Array, allowed: Array) -> Array:
         """A [H, R, C] for queries [H, R, K] at positions `rows` and keys [kv, C, K] at positions `columns`."""
@@ -185,28 +217,22 @@ class Attention(Aggregate):
             scores = softcapped(scores, self.softcap)
         if self.positions == "alibi":
             scores = scores + alibi(self.heads, rows, columns, scores.dtype)
-        # A finite floor, as a row of a state may have nothing to see, and -inf - -inf is NaN in the gradient.
+        # A finite floor: a row of a memory may see nothing, and -inf - -inf is NaN in the gradient.
         return jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
 
-    def values(
-        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
-    ) -> Float[Array, "G T K"]:
-        first = (self.heads + self.kv_heads) * self.head_width
-        bias = None if self.qkv.bias is None else self.qkv.bias[first:]
-        v = jax.vmap(Linear(self.qkv.weight[:, first:], bias))(x)
+    def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "G T K"]:
+        v = jax.vmap(self.qkv.columns((self.heads + self.kv_heads) * self.head_width))(x)
         v = v.reshape(len(x), self.kv_heads, self.head_width).transpose(1, 0, 2)
         return jnp.repeat(v, self.heads // self.kv_heads, axis=0)
 
-    def mixing(
-        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    def mixing_rows(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "G R T"]:
-        runs, positions = runs_and_positions(segments, len(x))
-        q, k, _ = self._project(x, positions)
-        columns = jnp.arange(len(x))
-        rows = columns if rows is None else rows
-        return self._weights(q[:, rows], k, rows, columns, causal_mask(rows, columns, runs, self.window))
+        q, k, _ = self._project(x, documents.position)
+        columns = indices(len(x))
+        return self._weights(q[:, rows], k, rows, columns, causal_mask(rows, columns, documents.run, self._window()))
 
-    def readout(self, y: Float[Array, "G T K"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
+    def readout(self, y: Float[Array, "G R K"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         return jax.vmap(self.out)(y.transpose(1, 0, 2).reshape(y.shape[1], -1))
 
     def _combine(self, A: Array, v: Array) -> Array:
@@ -214,32 +240,28 @@ class Attention(Aggregate):
         grouped = A.astype(v.dtype).reshape(self.kv_heads, -1, A.shape[-1])
         return (grouped @ v).reshape(self.heads, -1, self.head_width)
 
-    def __call__(self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None) -> Float[Array, "T D"]:
-        return self._parallel(x, segments)[0]
-
-    def _parallel(self, x: Array, segments: Array | None) -> tuple[Array, Array, Array]:
+    def parallel(
+        self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
+    ) -> tuple[Float[Array, "T D"], Any]:
         T = len(x)
-        runs, positions = runs_and_positions(segments, T)
-        q, k, v = self._project(x, positions)
-        index = jnp.arange(T)
-        borders = None if segments is None else runs
-        if self.kernel != "plain" and x.dtype != jnp.float64:
-            y = self._fused(q, k, v, index, causal_mask(index, index, borders, self.window))
+        q, k, v = self._project(x, documents.position)
+        index = indices(T)
+        if self.kernel != "plain" and x.dtype != jnp.float64 and not hold:
+            y = self._fused(q, k, v, index, causal_mask(index, index, documents.run, self._window()))
         else:
-            # In two blocks of queries, the first never touches the keys of the second: a quarter of the work less.
+            # In two blocks of queries, of which the first never meets the keys of the second: a quarter less work.
             ends = (T,) if T < 128 else (T // 2, T)
             blocks = []
             for start, end in zip((0, *ends), ends, strict=False):
                 rows, columns = index[start:end], index[:end]
-                allowed = causal_mask(rows, columns, borders, self.window)
-                blocks.append(
-                    self._combine(self._weights(q[:, start:end], k[:, :end], rows, columns, allowed), v[:, :end])
-                )
+                allowed = causal_mask(rows, columns, documents.run, self._window())
+                A = held(self._weights(q[:, start:end], k[:, :end], rows, columns, allowed), hold)
+                blocks.append(self._combine(A, v[:, :end]))
             y = jnp.concatenate(blocks, axis=1)
-        return self.readout(y, x), k, v
+        return self.readout(y, x), (k, v)
 
     def _fused(self, q: Array, k: Array, v: Array, index: Array, allowed: Array) -> Array:
-        # The whole mask is passed: kernels that are told of causality only have been seen to ignore the borders.
+        # The whole mask is passed: kernels that only know about causality have been seen to ignore document borders.
         bias = None
         if self.positions == "alibi":
             bias = alibi(self.heads, index, index, jnp.float32)[None].astype(q.dtype)
@@ -248,36 +270,28 @@ class Attention(Aggregate):
         y = jax.nn.dot_product_attention(q, k, v, bias, allowed[None, None], scale=self.scale, implementation=kernel)
         return y[0].transpose(1, 0, 2)
 
-    def init_state(self, length: int) -> State:
+    def init_memory(self, length: int) -> Any:
         N = length if self.window is None else min(self.window, length)
         cache = jnp.zeros((self.kv_heads, N, self.head_width), self.out.weight.dtype)
-        return State(cache, cache, jnp.full(N, -1), jnp.array(0), jnp.array(length))
+        return Memory(cache, cache, jnp.full(N, -1, jnp.int32))
 
-    def prefill(self, x: Float[Array, "P D"], length: int) -> tuple[Float[Array, "P D"], State]:
-        y, k, v = self._parallel(x, None)
-        state = self.init_state(length)
-        N, P = len(state.seen), len(x)
-        kept = jnp.arange(max(P - N, 0), P)
-        slots = kept % N
-        return y, State(
-            state.keys.at[:, slots].set(k[:, kept]),
-            state.values.at[:, slots].set(v[:, kept]),
-            state.seen.at[slots].set(kept),
-            jnp.array(P),
-            state.length,
-        )
+    def allocate(self, memory: Any, length: int, count: Count = None) -> Any:
+        (k, v), empty = memory, self.init_memory(length)
+        P = k.shape[1] if count is None else count
+        slots = indices(len(empty.seen))
+        # Slot s holds the last position p < P with p = s modulo the number of slots; negative if there is none.
+        positions = P - 1 - (P - 1 - slots) % len(slots)
+        source = jnp.clip(positions, 0, k.shape[1] - 1)
+        return Memory(k[:, source], v[:, source], jnp.where(positions >= 0, positions, -1))
 
-    def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
-        position = state.position
+    def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
         q, k, v = self._project(x[None], position[None])
-        slot = position % len(state.seen)
-        keys, values = put(state.keys, slot, k[:, 0]), put(state.values, slot, v[:, 0])
-        seen = state.seen.at[slot].set(position)
-        allowed = (seen >= 0)[None] & causal_mask(position[None], seen, None, self.window)
+        slot = position % len(memory.seen)
+        keys, values = put(memory.keys, slot, k[:, 0]), put(memory.values, slot, v[:, 0])
+        seen = memory.seen.at[slot].set(position)
+        allowed = (seen >= 0)[None] & causal_mask(position[None], seen, None, self._window())
         A = self._weights(q, keys, position[None], seen, allowed)
-        y = self.out(self._combine(A, values).reshape(-1))
-        y = jnp.where(position < state.length, y, jnp.nan)
-        return State(keys, values, seen, position + 1, state.length), y
+        return Memory(keys, values, seen), self.out(self._combine(A, values).reshape(-1))
 
     def plain(self) -> "Attention":
         return dataclasses.replace(self, kernel="plain")

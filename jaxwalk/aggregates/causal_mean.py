@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.aggregates._contract import Aggregate, causal_mask, runs_and_positions
+from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments, keep_first
 from jaxwalk.config import AggregateConfig
 from jaxwalk.filters import Linear, module, wide
 
@@ -21,7 +21,7 @@ class Config(AggregateConfig):
     name: ClassVar[str] = "causal_mean"
     bias: bool = True
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "CausalMean":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "CausalMean":
         key_value, key_out = jax.random.split(key)
         return CausalMean(
             value=Linear.init(width, width, bias=self.bias, key=key_value),
@@ -29,53 +29,37 @@ class Config(AggregateConfig):
         )
 
 
-class State(NamedTuple):
-    """The running sum, in at least float32."""
-
-    total: Float[Array, " D"]
-    position: Int[Array, ""]
-    length: Int[Array, ""]
-
-
 @module
 class CausalMean(Aggregate):
-    """A_ij = 1 / i for j <= i, i counted from 1 in each document. G = 1. Kind of A: exact, the same for all inputs."""
+    """A_ij = 1 / i for j <= i, with i counted from 1 in each document. G = 1; the memory is the sum of the values so
+    far, in at least float32. Kind of A: exact, the same for all inputs."""
 
-    granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
-    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
-    reads: ClassVar[frozenset[str]] = frozenset({"value"})
+    reads = frozenset({"value"})
 
     value: Linear = nnx.data()
     out: Linear = nnx.data()
 
-    def values(
-        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
-    ) -> Float[Array, "1 T D"]:
+    def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "1 T D"]:
         return jax.vmap(self.value)(x)[None]
 
-    def mixing(
-        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    def mixing_rows(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "1 R T"]:
-        runs, positions = runs_and_positions(segments, len(x))
-        columns = jnp.arange(len(x))
-        rows = columns if rows is None else rows
-        allowed = causal_mask(rows, columns, runs)
         dtype = wide(x.dtype)
-        return (allowed.astype(dtype) / (positions[rows] + 1).astype(dtype)[:, None])[None]
+        return (documents.visible(rows).astype(dtype) / (documents.position[rows] + 1).astype(dtype)[:, None])[None]
 
-    def readout(self, y: Float[Array, "1 T D"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
+    def readout(self, y: Float[Array, "1 R D"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         return jax.vmap(self.out)(y[0])
 
-    def init_state(self, length: int) -> State:
-        width, dtype = self.value.weight.shape[-1], wide(self.value.weight.dtype)
-        return State(jnp.zeros(width, dtype), jnp.array(0), jnp.array(length))
+    def parallel(
+        self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
+    ) -> tuple[Float[Array, "T D"], Any]:
+        y = self.apply_mixing(x, self.mixing(x, segments=documents))
+        return y, keep_first(self.values(x)[0].astype(wide(x.dtype)), count).sum(0)
 
-    def prefill(self, x: Float[Array, "P D"], length: int) -> tuple[Float[Array, "P D"], State]:
-        total = self.values(x)[0].astype(wide(x.dtype)).sum(0)
-        return self(x), State(total, jnp.array(len(x)), jnp.array(length))
+    def init_memory(self, length: int) -> Any:
+        return jnp.zeros(self.value.weight.shape[-1], wide(self.value.weight.dtype))
 
-    def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
-        total = state.total + self.value(x).astype(state.total.dtype)
-        position = state.position + 1
-        y = self.out((total / position.astype(total.dtype)).astype(x.dtype))
-        return State(total, position, state.length), jnp.where(position <= state.length, y, jnp.nan)
+    def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
+        total = memory + self.value(x).astype(memory.dtype)
+        return total, self.out((total / (position + 1).astype(total.dtype)).astype(x.dtype))

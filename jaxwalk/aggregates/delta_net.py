@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxwalk.aggregates._delta import DeltaConfig, DeltaRule
+from jaxwalk.aggregates._convolution import ShortConvolution
+from jaxwalk.aggregates._delta import ConvolvedDeltaRule, DeltaConfig, DeltaRule
 from jaxwalk.aggregates._linear import standardised
 from jaxwalk.filters import Linear, module, stream, wide
 
@@ -19,26 +20,28 @@ class Config(DeltaConfig):
 
     name: ClassVar[str] = "delta_net"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "DeltaNet":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "DeltaNet":
         K, V = self._widths(width)
         key_qkv, key_beta, key_out = jax.random.split(key, 3)
-        qkv = Linear.init(width, self.heads * (2 * K + V), bias=self.bias, key=key_qkv)
-        return DeltaNet(
-            qkv=qkv,
-            beta=Linear.init(width, self.heads, bias=self.bias, key=key_beta),
-            conv=self._conv(qkv, stream(key, "conv")),
-            out=Linear.init(self.heads * V, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
-            heads=self.heads,
-            chunk=self.chunk,
-        )
+        E = self.heads * (2 * K + V)
+        fields: dict[str, Any] = {
+            "qkv": Linear.init(width, E, bias=self.bias, key=key_qkv),
+            "beta": Linear.init(width, self.heads, bias=self.bias, key=key_beta),
+            "out": Linear.init(self.heads * V, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
+            "heads": self.heads,
+            "chunk": self.chunk,
+        }
+        if self.conv is None:
+            return DeltaNet(**fields)
+        conv = ShortConvolution.init(E, self.conv, bias=False, key=stream(key, "conv"))
+        return ConvolvedDeltaNet(conv=conv, **fields)
 
 
 @module
 class DeltaNet(DeltaRule):
     """S_i = (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, b = sigmoid(beta(x)), q and k of length 1 after a swish.
 
-    Kind of A: exact. The readout is out(RMSNorm(y)), head by head; held is 1/rms. The second paper's short
-    convolutions are a choice, `conv`: they give each channel an A of its own.
+    Kind of A: exact. The readout is out(RMSNorm(y)), head by head; held is 1/rms.
     """
 
     def log_decay(self, x: Float[Array, "T D"]) -> Float[Array, "G T 1"]:
@@ -46,3 +49,8 @@ class DeltaNet(DeltaRule):
 
     def readout(self, y: Float[Array, "G T K"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
         return jax.vmap(self.out)(self.merge(standardised(self.by_head(y), centre=False, hold=hold)))
+
+
+@module
+class ConvolvedDeltaNet(ConvolvedDeltaRule, DeltaNet):
+    """DeltaNet with the second paper's short convolutions, which give each channel its own A."""

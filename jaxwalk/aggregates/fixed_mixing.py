@@ -19,13 +19,13 @@ class Config(TableConfig):
 
     name: ClassVar[str] = "fixed_mixing"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "FixedMixing":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "FixedMixing":
         self.check_width(width)
         key_value, key_out, key_logits = jax.random.split(key, 3)
         return FixedMixing(
             value=Linear.init(width, width, bias=self.bias, key=key_value),
             out=Linear.init(width, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
-            # Near zero, so that it starts as the causal mean, with heads that differ.
+            # Near zero: initially the causal mean, with heads that differ.
             logits=normal(key_logits, (self.heads, max_length, max_length), 0.02),
         )
 
@@ -37,11 +37,13 @@ class FixedMixing(TableAggregate):
     Kind of A: exact, the same for all inputs. Positions beyond the table give NaN.
     """
 
+    decays = frozenset({"logits"})
+
     logits: Float[Array, "G M M"] = nnx.data()
 
     @property
     def heads(self) -> int:
-        return len(self.logits)
+        return self.logits.shape[-3]
 
     def weights(
         self, rows: Int[Array, " R"], columns: Int[Array, " C"], allowed: Bool[Array, "R C"]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxwalk.aggregates._delta import DeltaConfig, DeltaRule
+from jaxwalk.aggregates._convolution import ShortConvolution
+from jaxwalk.aggregates._delta import ConvolvedDeltaRule, DeltaConfig, DeltaRule
 from jaxwalk.aggregates._linear import standardised
 from jaxwalk.filters import Linear, held, module, stream, wide
 
@@ -20,25 +21,28 @@ class Config(DeltaConfig):
 
     name: ClassVar[str] = "gated_delta_net"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "GatedDeltaNet":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "GatedDeltaNet":
         K, V = self._widths(width)
         key_qkv, key_beta, key_decay, key_gate, key_out, key_rate, key_bias = jax.random.split(key, 7)
         decay = Linear.init(width, self.heads, bias=False, key=key_decay)
-        # As in Mamba-2, whose decays these are: steps from 0.001 to 0.1 and rates from 1 to 16.
+        # The decays are those of Mamba-2: steps from 0.001 to 0.1, and rates from 1 to 16.
         low, high = math.log(0.001), math.log(0.1)
         steps = jnp.exp(jax.random.uniform(key_bias, (self.heads,), jnp.float32, low, high))
-        qkv = Linear.init(width, self.heads * (2 * K + V), bias=self.bias, key=key_qkv)
-        return GatedDeltaNet(
-            qkv=qkv,
-            conv=self._conv(qkv, stream(key, "conv")),
-            beta=Linear.init(width, self.heads, bias=self.bias, key=key_beta),
-            decay=Linear(decay.weight, jnp.log(jnp.expm1(steps))),
-            log_rate=jnp.log(jax.random.uniform(key_rate, (self.heads,), jnp.float32, 1, 16)),
-            gate=Linear.init(width, self.heads * V, bias=self.bias, key=key_gate),
-            out=Linear.init(self.heads * V, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
-            heads=self.heads,
-            chunk=self.chunk,
-        )
+        E = self.heads * (2 * K + V)
+        fields: dict[str, Any] = {
+            "qkv": Linear.init(width, E, bias=self.bias, key=key_qkv),
+            "beta": Linear.init(width, self.heads, bias=self.bias, key=key_beta),
+            "decay": Linear(decay.weight, jnp.log(jnp.expm1(steps))),
+            "log_rate": jnp.log(jax.random.uniform(key_rate, (self.heads,), jnp.float32, 1, 16)),
+            "gate": Linear.init(width, self.heads * V, bias=self.bias, key=key_gate),
+            "out": Linear.init(self.heads * V, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
+            "heads": self.heads,
+            "chunk": self.chunk,
+        }
+        if self.conv is None:
+            return GatedDeltaNet(**fields)
+        conv = ShortConvolution.init(E, self.conv, bias=False, key=stream(key, "conv"))
+        return ConvolvedGatedDeltaNet(conv=conv, **fields)
 
 
 @module
@@ -46,10 +50,9 @@ class GatedDeltaNet(DeltaRule):
     """S_i = d_i (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, d = exp(-rate * softplus(decay(x))), else as DeltaNet.
 
     Kind of A: exact. The readout is out(swish(gate(x)) * RMSNorm(y)), head by head; held are the gate and 1/rms.
-    Short convolutions are a choice, as in `delta_net`.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"qkv", "beta", "decay", "gate"})
+    reads = frozenset({"qkv", "beta", "decay", "gate"})
 
     decay: Linear = nnx.data()
     log_rate: Float[Array, " H"] = nnx.data()
@@ -62,3 +65,10 @@ class GatedDeltaNet(DeltaRule):
     def readout(self, y: Float[Array, "G T K"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
         gate = held(jax.nn.silu(jax.vmap(self.gate)(x)), hold)
         return jax.vmap(self.out)(gate * self.merge(standardised(self.by_head(y), centre=False, hold=hold)))
+
+
+@module
+class ConvolvedGatedDeltaNet(ConvolvedDeltaRule, GatedDeltaNet):
+    """The gated delta rule with the paper's short convolutions, which give each channel its own A."""
+
+    log_rate: Float[Array, " H"] = nnx.data()  # again, as Flax looks for data fields along the first base only

@@ -1,4 +1,4 @@
-"""Gated linear attention (Yang et al., arXiv 2312.06635): each key channel decays as the token says."""
+"""Gated linear attention (Yang et al., arXiv 2312.06635): each key channel decays at a rate that the token selects."""
 
 import math
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.aggregates._linear import Coefficients, LinearAggregate, LinearConfig, standardised
 from jaxwalk.filters import Linear, held, module
 
-TEMPERATURE = 16.0  # of the decays, as in the paper: they start near 1
+TEMPERATURE = 16.0  # of the decays, as in the paper, so that initial decays are near 1
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Config(LinearConfig):
         if self.decay_rank < 1:
             yield f"decay_rank: expected at least 1, got {self.decay_rank}"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "GatedLinearAttention":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "GatedLinearAttention":
         K, V = self._widths(width, keys=0.5)
         key_qkv, key_decay, key_up, key_gate, key_out = jax.random.split(key, 5)
         return GatedLinearAttention(
@@ -50,7 +50,7 @@ class GatedLinearAttention(LinearAggregate):
     Kind of A: exact. The readout is out(swish(gate(x)) * LayerNorm(y)), head by head. Held are the gate and 1/std.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"qkv", "decay", "gate"})
+    reads = frozenset({"qkv", "decay", "gate"})
 
     decay: Linear = nnx.data()
     decay_up: Linear = nnx.data()

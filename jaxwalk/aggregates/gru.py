@@ -20,14 +20,14 @@ class Config(AggregateConfig):
 
     name: ClassVar[str] = "gru"
     hidden: int | None = None
-    """H, the width of the hidden state. The default is the width of the model."""
+    """H, the width of the hidden state; the width of the model by default."""
     bias: bool = True
 
     def check(self) -> Iterable[str]:
         if self.hidden is not None and self.hidden < 1:
             yield f"hidden: expected at least 1, got {self.hidden}"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "GRU":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "GRU":
         H = self.hidden or width
         key_input, key_recurrent, key_out = jax.random.split(key, 3)
         return GRU(
@@ -43,18 +43,18 @@ class GRU(RecurrentNetwork):
 
     A_ij = (z_i ... z_(j+1)) (1 - z_j) in each channel and v_j = n_j. Kind of A: conditional. Held are r, z and
     tanh(a) / a of the candidate. The gate r multiplies U h + c where the paper has U (r * h): PyTorch's form, which
-    has one product with h. z is the paper's, the share that is kept. As in the paper recurrent matrices start
-    orthogonal; the others, which it draws with a deviation of 0.01, start as elsewhere here.
+    has one product with h. z is the paper's, the share that is kept. As in the paper, recurrent matrices are
+    initially orthogonal; the others, to which it gives a deviation of 0.01, are initialised as elsewhere here.
     """
 
     memories: ClassVar[int] = 1
 
     def cell(
-        self, memory: Float[Array, "1 H"], given: Float[Array, " E"], hold: bool
+        self, memory: Float[Array, "1 H"], inputs: Float[Array, " E"], hold: bool
     ) -> tuple[Float[Array, "1 H"], Gates]:
         """r, z and n, in this order, as PyTorch has them."""
         h = memory[0]
-        (Wr, Wz, Wn), (Ur, Uz, Un) = jnp.split(given, 3), jnp.split(self._from_hidden(h), 3)
+        (Wr, Wz, Wn), (Ur, Uz, Un) = jnp.split(inputs, 3), jnp.split(self._from_hidden(h), 3)
         r, z = held(jax.nn.sigmoid(Wr + Ur), hold), held(jax.nn.sigmoid(Wz + Uz), hold)
         n = tanh(Wn + r * Un, hold)
         return (z * h + (1 - z) * n)[None], Gates(n, z, 1 - z, jnp.ones_like(z))

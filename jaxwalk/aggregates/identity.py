@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.aggregates._contract import Aggregate
+from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments
 from jaxwalk.config import AggregateConfig
 from jaxwalk.filters import Linear, module, wide
 
@@ -21,7 +20,7 @@ class Config(AggregateConfig):
     name: ClassVar[str] = "identity"
     bias: bool = True
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "Identity":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "Identity":
         key_value, key_out = jax.random.split(key)
         return Identity(
             value=Linear.init(width, width, bias=self.bias, key=key_value),
@@ -29,47 +28,33 @@ class Config(AggregateConfig):
         )
 
 
-class State(NamedTuple):
-    """Only a count: nothing is remembered."""
-
-    position: Int[Array, ""]
-    length: Int[Array, ""]
-
-
 @module
 class Identity(Aggregate):
-    """A = I. G = 1. Kind of A: exact, the same for all inputs."""
+    """A = I, G = 1; the memory is empty. Kind of A: exact, the same for all inputs."""
 
-    granularity: ClassVar[Literal["head", "channel", "state"]] = "head"
-    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
-    reads: ClassVar[frozenset[str]] = frozenset({"value"})
+    reads = frozenset({"value"})
 
     value: Linear = nnx.data()
     out: Linear = nnx.data()
 
-    def values(
-        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
-    ) -> Float[Array, "1 T D"]:
+    def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "1 T D"]:
         return jax.vmap(self.value)(x)[None]
 
-    def mixing(
-        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    def mixing_rows(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "1 R T"]:
-        A = jnp.eye(len(x), dtype=wide(x.dtype))
-        return (A if rows is None else A[rows])[None]
+        return jax.nn.one_hot(rows, len(x), dtype=wide(x.dtype))[None]
 
-    def readout(self, y: Float[Array, "1 T D"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
+    def readout(self, y: Float[Array, "1 R D"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         return jax.vmap(self.out)(y[0])
 
-    def __call__(self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None) -> Float[Array, "T D"]:
-        return self.readout(self.values(x), x)
+    def parallel(
+        self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
+    ) -> tuple[Float[Array, "T D"], Any]:
+        return self.readout(self.values(x), x), ()
 
-    def init_state(self, length: int) -> State:
-        return State(jnp.array(0), jnp.array(length))
+    def init_memory(self, length: int) -> Any:
+        return ()
 
-    def prefill(self, x: Float[Array, "P D"], length: int) -> tuple[Float[Array, "P D"], State]:
-        return self(x), State(jnp.array(len(x)), jnp.array(length))
-
-    def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
-        y = jnp.where(state.position < state.length, self.out(self.value(x)), jnp.nan)
-        return State(state.position + 1, state.length), y
+    def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
+        return (), self.out(self.value(x))

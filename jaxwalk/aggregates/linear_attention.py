@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxwalk.aggregates._contract import Documents
 from jaxwalk.aggregates._linear import Coefficients, LinearAggregate, LinearConfig
-from jaxwalk.filters import Linear, module
+from jaxwalk.filters import Linear, held, module
 
 FLOOR = 1e-6  # of the sum of a row's weights: features may all be 0 (relu), or underflow (elu)
 
@@ -30,7 +31,7 @@ class Config(LinearConfig):
     """phi, of queries and keys: elu + 1 (the paper's), relu, or the softmax over a head's channels (Shen et al.,
     arXiv 1812.01243, for queries; Zhang et al., arXiv 2402.04347, for both)."""
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "LinearAttention":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "LinearAttention":
         K, V = self._widths(width)
         key_qkv, key_out = jax.random.split(key)
         return LinearAttention(
@@ -46,7 +47,7 @@ class Config(LinearConfig):
 class LinearAttention(LinearAggregate):
     """A_ij = phi(q_i) . phi(k_j) / sum over l <= i of phi(q_i) . phi(k_l). Kind of A: exact.
 
-    Rows sum to one, unless a query's features meet none of the keys': there the sum is floored, and the row is small.
+    Rows sum to one, unless the features of a query are orthogonal to those of all keys: there the sum is floored.
     """
 
     features: Literal["elu", "relu", "softmax"]
@@ -55,17 +56,17 @@ class LinearAttention(LinearAggregate):
         q, k = (FEATURES[self.features](a) for a in self.queries_and_keys(x))
         return Coefficients(q, k, jnp.zeros_like(q[..., :1]))
 
-    def carried(self, v: Float[Array, "G T V"]) -> Float[Array, "G T W"]:
-        # With a channel of ones the state sums the keys too, and a query reads the sum of its weights.
+    def state_input(self, v: Float[Array, "G T V"]) -> Float[Array, "G T W"]:
+        # Through a channel of ones the state also sums the keys, so that a query reads the sum of its weights.
         return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
 
-    def combined(self, y: Float[Array, "G T W"]) -> Float[Array, "G T V"]:
-        return y[..., :-1] / jnp.maximum(y[..., -1:], FLOOR)
+    def combined(self, y: Float[Array, "G T W"], *, hold: bool = False) -> Float[Array, "G T V"]:
+        return y[..., :-1] / held(jnp.maximum(y[..., -1:], FLOOR), hold)
 
-    def mixing(
-        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    def mixing_rows(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "G R T"]:
-        A = super().mixing(x, rows, segments)
+        A = super().mixing_rows(x, rows, documents)
         return A / jnp.maximum(A.sum(-1, keepdims=True), FLOOR)
 
     def readout(self, y: Float[Array, "G T V"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:

@@ -19,15 +19,15 @@ class Config(TableConfig):
 
     name: ClassVar[str] = "linear_mixer"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "LinearMixer":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "LinearMixer":
         self.check_width(width)
         key_value, key_out, key_table = jax.random.split(key, 3)
-        # Of the size of a matrix product's weights, in each row for as many positions as it looks at.
-        looks_at = jnp.arange(1, max_length + 1, dtype=jnp.float32)[None, :, None]
+        # Like the weights of a matrix product, scaled in each row by the number of positions it sees.
+        visible = jnp.arange(1, max_length + 1, dtype=jnp.float32)[None, :, None]
         return LinearMixer(
             value=Linear.init(width, width, bias=self.bias, key=key_value),
             out=Linear.init(width, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
-            table=normal(key_table, (self.heads, max_length, max_length), 1) / jnp.sqrt(looks_at),
+            table=normal(key_table, (self.heads, max_length, max_length), 1) / jnp.sqrt(visible),
         )
 
 
@@ -35,20 +35,21 @@ class Config(TableConfig):
 class LinearMixer(TableAggregate):
     """A_ij = table[g, i, j] for j <= i, of any size and sign, i and j counted in each document. G is the heads.
 
-    Kind of A: exact, the same for all inputs; nothing but the values is held, and nothing in them needs it. Positions
-    beyond the table give NaN.
+    Kind of A: exact, the same for all inputs; nothing needs to be held. Positions beyond the table give NaN.
 
-    MLP-Mixer maps each channel's tokens by an MLP, the same for all channels. What makes that two matrices with an
-    activation between them is left out, as it would leave no A: here it is one matrix, lower triangular so that no
-    position looks ahead. Heads, which the paper has no use for, and linear maps before and after make it the
-    `fixed_mixing` that has no softmax. Biases by position are left out too: position vectors are the model's.
+    MLP-Mixer maps the tokens of each channel by an MLP, the same for all channels. An activation between its two
+    matrices would leave no A, so here it is one matrix, lower triangular so that no position looks ahead. With heads,
+    which the paper does not have, and linear maps before and after, it is `fixed_mixing` without the softmax. Biases by
+    position are left out too: position vectors belong to the model.
     """
+
+    decays = frozenset({"table"})
 
     table: Float[Array, "G M M"] = nnx.data()
 
     @property
     def heads(self) -> int:
-        return len(self.table)
+        return self.table.shape[-3]
 
     def weights(
         self, rows: Int[Array, " R"], columns: Int[Array, " C"], allowed: Bool[Array, "R C"]

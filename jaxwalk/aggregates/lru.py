@@ -21,12 +21,12 @@ class Config(AggregateConfig):
 
     name: ClassVar[str] = "lru"
     state: int | None = None
-    """N, complex numbers in the state. The default is the width."""
+    """N, the number of complex numbers in the state; the width by default."""
     r_min: float = 0.0
     r_max: float = 1.0
-    """The ring on which decays start: uniform in area between these radii,"""
+    """Initial decays are uniform in area on the ring between these radii."""
     max_phase: float = 2 * math.pi
-    """and with phases up to this."""
+    """The largest phase of an initial decay."""
 
     def check(self) -> Iterable[str]:
         if self.state is not None and self.state < 1:
@@ -36,7 +36,7 @@ class Config(AggregateConfig):
         if self.max_phase <= 0:
             yield f"max_phase: expected more than 0, got {self.max_phase}"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "LRU":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "LRU":
         D, N = width, self.state or width
         keys = jax.random.split(key, 9)
         # Away from 0 and 1, where the logarithms are infinite.
@@ -62,10 +62,10 @@ class Config(AggregateConfig):
 class LRU(StateSpace):
     """h_i = lambda * h_(i-1) + gamma * B u_i, y_i = Re(C h_i) + D u_i, lambda = exp(-exp(nu_log) + i exp(theta_log)).
 
-    gamma = exp(gamma_log) starts as sqrt(1 - |lambda|^2), so that a state has the size of what enters. The readout is
-    the gated linear unit that follows in the paper's blocks: value(g) * sigmoid(gate(g)), g = GELU(y). G is the real
-    and imaginary parts of the numbers in the state, and pairs of channels of the direct term D u, whose A is the
-    identity. Kind of A: exact, the same for all inputs. Held are the gates of the readout.
+    gamma = exp(gamma_log) is initialised to sqrt(1 - |lambda|^2), so that a state has the size of its inputs. The
+    readout is the gated linear unit that follows in the paper's blocks: value(g) * sigmoid(gate(g)), g = GELU(y). G is
+    the real and imaginary parts of the numbers in the state, and pairs of channels of the direct term D u, whose A is
+    the identity. Kind of A: exact, the same for all inputs. Held are the gates of the readout.
     """
 
     nu_log: Float[Array, " N"] = nnx.data()

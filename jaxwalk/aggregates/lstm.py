@@ -22,17 +22,17 @@ class Config(AggregateConfig):
     hidden: int | None = None
     """H, the width of the cell and of the hidden state. The default is the width of the model."""
     bias: bool = True
-    """Without it there is no forget-gate bias of 1 at the start either."""
+    """Without biases the forget gate has no initial bias of 1 either."""
 
     def check(self) -> Iterable[str]:
         if self.hidden is not None and self.hidden < 1:
             yield f"hidden: expected at least 1, got {self.hidden}"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "LSTM":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "LSTM":
         H = self.hidden or width
         key_input, key_recurrent, key_out = jax.random.split(key, 3)
         input = Linear.init(width, 4 * H, bias=False, key=key_input)
-        # It remembers before it has learned to (Gers et al.; Jozefowicz et al. 2015).
+        # A forget-gate bias of 1 lets it remember before training (Gers et al.; Jozefowicz et al. 2015).
         bias = jnp.zeros((4, H), jnp.float32).at[1].set(1).reshape(-1) if self.bias else None
         return LSTM(
             input=Linear(input.weight, bias),
@@ -47,17 +47,17 @@ class LSTM(RecurrentNetwork):
 
     A_ij = o_i (tanh(c_i) / c_i) (f_i ... f_(j+1)) in_j in each channel and v_j = g_j. Kind of A: conditional. Held are
     the three gates and tanh(a) / a of cell and candidate. The "vanilla" cell of Greff et al. (arXiv 1503.04069)
-    without its peepholes, as in PyTorch, whose two biases are one here, as they are always added.
+    without its peepholes, as in PyTorch, whose two biases are one here, as they only occur as a sum.
     """
 
     memories: ClassVar[int] = 2
 
     def cell(
-        self, memory: Float[Array, "2 H"], given: Float[Array, " E"], hold: bool
+        self, memory: Float[Array, "2 H"], inputs: Float[Array, " E"], hold: bool
     ) -> tuple[Float[Array, "2 H"], Gates]:
         """in, f, g and o, in this order, as PyTorch has them. The memory is h and c."""
         h, c = memory
-        i, f, g, o = jnp.split(given + self._from_hidden(h), 4)
+        i, f, g, o = jnp.split(inputs + self._from_hidden(h), 4)
         i, f, o = (held(jax.nn.sigmoid(a), hold) for a in (i, f, o))
         g = tanh(g, hold)
         c = f * c + i * g

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,17 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.aggregates._contract import Aggregate, runs_and_positions
+from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments
 from jaxwalk.aggregates._convolution import ShortConvolution
-from jaxwalk.aggregates._linear import backward, chunked, forward
+from jaxwalk.aggregates._linear import Coefficients, backward, chunked, forward
 from jaxwalk.aggregates._state_space import softplus_inverse, steps_between
 from jaxwalk.config import AggregateConfig, ConfigError
-from jaxwalk.filters import Linear, held, module, wide
+from jaxwalk.filters import Linear, activate, held, module, wide
 
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """State space duality. The paper's choices, but for a number of heads in place of their width of 64."""
+    """State space duality, with the paper's choices, except that the number of heads is given instead of their width."""
 
     name: ClassVar[str] = "mamba2"
     expand: int = 2
@@ -31,18 +31,17 @@ class Config(AggregateConfig):
     state: int = 128
     """N, rows of each head's state."""
     groups: int = 1
-    """Of heads, which share B and C, and of channels, over which the norm is taken."""
+    """Groups of heads, which share B and C, and of channels, over which the norm is taken."""
     conv: int = 4
     """Taps of the short convolution."""
     conv_bias: bool = True
-    """Of the short convolution. With it there are twice as many channels of values: those that carry the bias are
-    sources of their own."""
+    """Of the short convolution. It doubles the channels of values: those that carry the bias are separate sources."""
     bias: bool = False
-    """Of the maps in and out, that to dt among them, which has a `dt_bias` besides."""
+    """Of the maps in and out, including that to dt, which also has a `dt_bias`."""
     norm_eps: float = 1e-5
     """Of the norm in the readout."""
     chunk: int = 32
-    """Positions that the parallel form takes at once: a matter of speed alone. Any length of sequence will do."""
+    """Positions per chunk of the parallel form. It affects speed only, and need not divide the sequence length."""
 
     def check(self) -> Iterable[str]:
         for what in ("expand", "heads", "state", "groups", "conv", "chunk"):
@@ -53,7 +52,7 @@ class Config(AggregateConfig):
         if self.groups >= 1 and self.heads % self.groups:
             yield f"groups: expected a divisor of heads = {self.heads}, got {self.groups}"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "Mamba2":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "Mamba2":
         E, H, mixed = self.expand * width, self.heads, self.expand * width + 2 * self.groups * self.state
         if E % H:
             raise ConfigError(f"heads: expected a divisor of expand * width = {E}, got {H}.")
@@ -74,23 +73,11 @@ class Config(AggregateConfig):
         )
 
 
-class Selected(NamedTuple):
-    """What the state space model is made of, in at least float32, and what enters it."""
-
-    C: Float[Array, "H T N"]
-    B: Float[Array, "H T N"]
-    """Times dt."""
-    log_decay: Float[Array, "H T 1"]
-    u: Float[Array, "H T P"]
-
-
-class State(NamedTuple):
+class Memory(NamedTuple):
     """The last inputs of the convolution, latest first, and the states, in at least float32."""
 
     inputs: Float[Array, "past M"]
     S: Float[Array, "H N P"]
-    position: Int[Array, ""]
-    length: Int[Array, ""]
 
 
 @module
@@ -98,15 +85,14 @@ class Mamba2(Aggregate):
     """S_i = exp(dt_i A) S_(i-1) + dt_i B_i u_i^T, y_i = S_i^T C_i + D u_i, per head of P channels.
 
     u, B, C = silu(conv(mixed(x))); A = -exp(A_log); dt = softplus(dt(x) + dt_bias). The readout is
-    out(RMSNorm(silu(gate(x)) * y)), group by group. G is the channels, as the convolution is of each channel its own.
-    Kind of A: exact. It is what the head makes of its inputs, times the gate of their silu, times the convolution; D is
-    on the diagonal of the first. A bias of the convolution enters between the two, as further channels of values, added
-    up in the readout. Held, besides A, are silu(gate(x)) and 1/rms.
+    out(RMSNorm(silu(gate(x)) * y)), group by group. G is the channels, as each channel has its own convolution. Kind of
+    A: exact. It is the mixing matrix of the head, times the gate of the silu of its inputs, times the convolution; D is
+    on the diagonal of the first. A bias of the convolution enters between the two, as further channels of values, which
+    the readout adds up. Held, besides A, are silu(gate(x)) and 1/rms.
     """
 
-    granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
-    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
-    reads: ClassVar[frozenset[str]] = frozenset({"mixed", "gate", "dt"})
+    granularity = "channel"
+    reads = frozenset({"mixed", "gate", "dt"})
 
     mixed: Linear = nnx.data()
     """To u, B and C before the convolution, in this order."""
@@ -126,98 +112,83 @@ class Mamba2(Aggregate):
 
     @property
     def _channels(self) -> int:
-        """Of all heads."""
-        return self.scale.shape[0]
+        """E, the channels of all heads."""
+        return self.scale.shape[-1]
+
+    @property
+    def _heads(self) -> int:
+        """H."""
+        return self.A_log.shape[-1]
 
     @property
     def _conv(self) -> ShortConvolution:
-        """The part of the convolution that u goes through."""
+        """The part of the convolution that u passes through."""
         weight, bias, E = self.conv.weight, self.conv.bias, self._channels
         return ShortConvolution(weight[:, :E], None if bias is None else bias[:E])
 
-    def values(
-        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
-    ) -> Float[Array, "G T K"]:
-        E, bias = self._channels, self._conv.bias
-        linear = Linear(self.mixed.weight[:, :E], None if self.mixed.bias is None else self.mixed.bias[:E])
-        v = jax.vmap(linear)(x).T
+    def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "G T 1"]:
+        v, bias = jax.vmap(self.mixed.columns(0, self._channels))(x).T, self._conv.bias
         if bias is not None:
             v = jnp.concatenate([v, jnp.broadcast_to(bias[:, None], v.shape)])
         return v[..., None]
 
-    def mixing(
-        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    def mixing_rows(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "G R T"]:
-        rows = jnp.arange(len(x)) if rows is None else rows
-        convolved = self.conv(jax.vmap(self.mixed)(x), segments)
-        s = self._reset(self._select(x, convolved), segments)
-        A = jax.vmap(functools.partial(backward, rows, beta=None))(s.C, s.B, s.log_decay)
-        own = jax.nn.one_hot(rows, len(x), dtype=A.dtype)
-        A = A + self.skip.astype(A.dtype)[:, None, None] * own[None]
+        convolved = self.conv(jax.vmap(self.mixed)(x), documents)
+        c = self._select(x, jax.nn.silu(convolved))[0].delimited(documents)
+        A = jax.vmap(functools.partial(backward, rows))(*c)
+        A = A + self.skip.astype(A.dtype)[:, None, None] * jax.nn.one_hot(rows, len(x), dtype=A.dtype)[None]
         gate = jax.nn.sigmoid(convolved[:, : self._channels].astype(A.dtype)).T
         A = jnp.repeat(A, self._channels // len(A), axis=0) * gate[:, None]
-        through = self._conv.through(A, segments)
+        through = self._conv.through(A, documents)
         return through if self.conv.bias is None else jnp.concatenate([through, A])
 
-    def readout(self, y: Float[Array, "G T K"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
-        sets = y[..., 0].reshape(-1, self._channels, y.shape[1])
-        gated = held(jax.nn.silu(jax.vmap(self.gate)(x)), hold) * sets.sum(0).T
+    def readout(self, y: Float[Array, "G R 1"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
+        parts = y[..., 0].reshape(-1, self._channels, y.shape[1])
+        gated = held(jax.nn.silu(jax.vmap(self.gate)(x)), hold) * parts.sum(0).T
         grouped = gated.reshape(len(x), self.groups, -1)
         return jax.vmap(self.out)(_normalised(grouped, self.norm_eps, hold).reshape(len(x), -1) * self.scale[None])
 
-    def _select(self, x: Float[Array, "T D"], convolved: Float[Array, "T M"]) -> Selected:
-        E, H, dtype = self._channels, len(self.A_log), wide(x.dtype)
-        N = (convolved.shape[1] - E) // (2 * self.groups)
-        u, B, C = jnp.split(jax.nn.silu(convolved).astype(dtype), [E, E + self.groups * N], axis=-1)
+    def _select(self, x: Float[Array, "T D"], activated: Float[Array, "T M"]) -> tuple[Coefficients, Array]:
+        """The coefficients of the recurrence, and its inputs u [H, T, P], in at least float32."""
+        E, H, dtype = self._channels, self._heads, wide(x.dtype)
+        N = (activated.shape[1] - E) // (2 * self.groups)
+        u, B, C = jnp.split(activated.astype(dtype), [E, E + self.groups * N], axis=-1)
         B, C = (a.reshape(len(x), self.groups, N).transpose(1, 0, 2) for a in (B, C))
         B, C = (jnp.repeat(a, H // self.groups, axis=0) for a in (B, C))
         dt = jax.nn.softplus((jax.vmap(self.dt)(x) + self.dt_bias[None]).astype(dtype)).T[..., None]
         rates = jnp.exp(self.A_log.astype(dtype))
-        return Selected(C, dt * B, -rates[:, None, None] * dt, u.reshape(len(x), H, -1).transpose(1, 0, 2))
+        return Coefficients(C, dt * B, -rates[:, None, None] * dt), u.reshape(len(x), H, -1).transpose(1, 0, 2)
 
-    def _reset(self, s: Selected, segments: Array | None) -> Selected:
-        """With a decay of 0 where a document begins."""
-        starts = runs_and_positions(segments, s.u.shape[1])[1] == 0
-        return s._replace(log_decay=jnp.where(starts[None, :, None], -jnp.inf, s.log_decay))
-
-    def _read(self, y: Float[Array, "H T P"], u: Float[Array, "H T P"], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """From what the heads read to the output."""
+    def _read(self, y: Float[Array, "H T P"], u: Float[Array, "H T P"], x: Array, hold: bool = False) -> Array:
+        """The output from what the heads read from their states."""
         y = y + self.skip.astype(y.dtype)[:, None, None] * u
-        return self.readout(y.transpose(0, 2, 1).reshape(-1, len(x), 1).astype(x.dtype), x)
+        return self.readout(y.transpose(0, 2, 1).reshape(-1, len(x), 1).astype(x.dtype), x, hold=hold)
 
-    def _parallel(self, x: Array, segments: Array | None) -> tuple[Array, Array, Array]:
+    def parallel(
+        self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
+    ) -> tuple[Float[Array, "T D"], Any]:
         v = jax.vmap(self.mixed)(x)
-        s = self._reset(self._select(x, self.conv(v, segments)), segments)
-        y, S = jax.vmap(functools.partial(chunked, beta=None, chunk=self.chunk))(s.C, s.B, s.log_decay, v=s.u)
-        return self._read(y, s.u, x), v, S
+        c, u = self._select(x, activate(self.conv(v, documents), "silu", hold))
+        c = held(c.delimited(documents, count), hold)
+        y, S = jax.vmap(functools.partial(chunked, chunk=self.chunk))(*c, u)
+        return self._read(y, u, x, hold), Memory(self.conv.memory_after(v, count), S)
 
-    def __call__(self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None) -> Float[Array, "T D"]:
-        return self._parallel(x, segments)[0]
+    def init_memory(self, length: int) -> Any:
+        E, H = self._channels, self._heads
+        N = (self.conv.weight.shape[-1] - E) // (2 * self.groups)
+        return Memory(self.conv.init_memory(), jnp.zeros((H, N, E // H), wide(self.A_log.dtype)))
 
-    def init_state(self, length: int) -> State:
-        E, H = self._channels, len(self.A_log)
-        N = (self.conv.weight.shape[1] - E) // (2 * self.groups)
-        S = jnp.zeros((H, N, E // H), wide(self.A_log.dtype))
-        return State(self.conv.init_state(), S, jnp.array(0), jnp.array(length))
-
-    def prefill(self, x: Float[Array, "P D"], length: int) -> tuple[Float[Array, "P D"], State]:
-        y, v, S = self._parallel(x, None)
-        return y, State(self.conv.state_after(v), S, jnp.array(len(x)), jnp.array(length))
-
-    def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
-        inputs, convolved = self.conv.step(state.inputs, self.mixed(x))
-        s = self._select(x[None], convolved[None])
-        S, y = jax.vmap(functools.partial(forward, beta=None))(
-            state.S, s.C[:, 0], s.B[:, 0], s.log_decay[:, 0], v=s.u[:, 0]
-        )
-        y = self._read(y[:, None], s.u, x[None])[0]
-        position = state.position + 1
-        return State(inputs, S, position, state.length), jnp.where(position <= state.length, y, jnp.nan)
+    def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
+        inputs, convolved = self.conv.step(memory.inputs, self.mixed(x))
+        c, u = self._select(x[None], jax.nn.silu(convolved)[None])
+        S, y = jax.vmap(forward)(memory.S, *jax.tree.map(lambda a: a[:, 0], (*c, u)))
+        return Memory(inputs, S), self._read(y[:, None], u, x[None])[0]
 
 
 def _normalised(y: Float[Array, "*n E"], eps: float, hold: bool) -> Float[Array, "*n E"]:
-    """y / sqrt(mean y^2 + eps). The size of y is taken out first: what is read of a state may have a square that
-    float32 does not hold."""
+    """y / sqrt(mean y^2 + eps). The size of y is divided out first, as its square may overflow float32."""
     wider = y.astype(wide(y.dtype))
     size = lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(wider), -1, keepdims=True), 1))
     unit = wider / size

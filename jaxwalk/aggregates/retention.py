@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxwalk.aggregates._linear import Coefficients, LinearAggregate, LinearConfig, standardised
-from jaxwalk.aggregates._rotary import rotate
+from jaxwalk.aggregates._rotary import frequencies, rotate
 from jaxwalk.config import ConfigError
 from jaxwalk.filters import Linear, held, module
 
@@ -23,7 +23,7 @@ class Config(LinearConfig):
 
     name: ClassVar[str] = "retention"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "Retention":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "Retention":
         K, V = self._widths(width, values=2)
         if K % 2:
             raise ConfigError(f"key_width: expected an even number, as queries are rotated in pairs, got {K}.")
@@ -42,15 +42,16 @@ class Retention(LinearAggregate):
     """A_ij = d^(i-j) q_i . k_j / sqrt(K), q and k rotated by position, d = 1 - 2^(-5-h) in head h = 0, 1, ...
 
     Kind of A: exact. The readout is out(swish(gate(x)) * GroupNorm(y)), a head to a group; held are the gate and 1/std.
-    The paper's normalisations of the rows of A are left out, as GroupNorm undoes them.
+    The paper's normalisations of the rows of A are left out, as GroupNorm cancels them.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"qkv", "gate"})
+    reads = frozenset({"qkv", "gate"})
 
     gate: Linear = nnx.data()
 
     def coefficients(self, x: Float[Array, "T D"], positions: Int[Array, " T"]) -> Coefficients:
-        q, k = (rotate(a, positions, THETA) for a in self.queries_and_keys(x))
+        q, k = self.queries_and_keys(x)
+        q, k = (rotate(a, positions, frequencies(q.shape[-1], THETA)) for a in (q, k))
         log_decay = jnp.log1p(-(2.0 ** -(5 + jnp.arange(self.heads, dtype=q.dtype))))
         return Coefficients(
             q / math.sqrt(q.shape[-1]), k, jnp.broadcast_to(log_decay[:, None, None], (*q.shape[:2], 1))

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.aggregates._contract import Aggregate, causal_mask, runs_and_positions
+from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments, last
 from jaxwalk.aggregates._convolution import moved_back, shifted
 from jaxwalk.config import AggregateConfig
-from jaxwalk.filters import Linear, module, wide
+from jaxwalk.filters import Linear, held, indices, module, wide
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,11 @@ class Config(AggregateConfig):
 
     name: ClassVar[str] = "rwkv4"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "RWKV4":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "RWKV4":
         keys = jax.random.split(key, 4)
         receptance, k, value = (Linear.init(width, width, bias=False, key=one) for one in keys[:3])
-        deep, shallow = layer / max(depth - 1, 1), 1 - layer / depth
+        number = jnp.asarray(layer, jnp.float32)
+        deep, shallow = number / max(depth - 1, 1), 1 - number / depth
         channel = jnp.arange(width, dtype=jnp.float32)
         share = channel / width
         return RWKV4(
@@ -47,34 +48,32 @@ class Sums(NamedTuple):
     denominator: Float[Array, "*n D"]
 
 
-class State(NamedTuple):
-    """The input before, and the sums in at least float32."""
+class Memory(NamedTuple):
+    """The previous input, and the sums in at least float32."""
 
     before: Float[Array, " D"]
     sums: Sums
-    position: Int[Array, ""]
-    length: Int[Array, ""]
 
 
 @module
 class RWKV4(Aggregate):
-    """out(sigmoid(r_i) * wkv_i), where wkv_i is the average of v_j for j <= i, each channel with weights of its own.
+    """out(sigmoid(r_i) * wkv_i), where wkv_i is the average of v_j for j <= i, with separate weights per channel.
 
-    The weights are exp(k_j - (i - 1 - j) rate) for j < i, rate = exp(log_rate), and exp(bonus + k_i) for i itself. r,
-    k and v are linear in the mix share * x_i + (1 - share) * x_(i-1), with shares of their own ("token shift").
+    The weights are exp(k_j - (i - 1 - j) rate) for j < i, rate = exp(log_rate), and exp(bonus + k_i) for i itself. r, k
+    and v are linear in the mix share * x_i + (1 - share) * x_(i-1), each with its own shares ("token shift").
 
     Kind of A: exact. G is twice the channels: value(share * x_j), with A_ij = sigmoid(r_i) times the weight over the
     sum of weights, and value((1 - share) * x_j), with the same A moved back by a position. The readout adds the two.
 
-    Shares, decays and bonus start as in the paper, which starts the matrices of r, k and `out` at zero: they start as
-    elsewhere here. The channel-mixing, which follows in a block of RWKV-4, is `rwkv4_channel_mix`.
+    Shares, decays and bonus are initialised as in the paper, which initialises the matrices of r, k and `out` to zero;
+    here they are initialised like all others. The channel-mixing, which follows in a block of RWKV-4, is
+    `rwkv4_channel_mix`.
     """
 
-    granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
-    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
+    granularity = "channel"
 
     shares: Float[Array, "3 D"] = nnx.data()
-    """Of the position itself in the mix, for r, k and v."""
+    """The share of the position itself in the mix, for r, k and v."""
     receptance: Linear = nnx.data()
     key: Linear = nnx.data()
     value: Linear = nnx.data()
@@ -96,60 +95,50 @@ class RWKV4(Aggregate):
         dtype = wide(self.bonus.dtype)
         return jnp.exp(self.log_rate.astype(dtype)), self.bonus.astype(dtype)
 
-    def values(
-        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
-    ) -> Float[Array, "G T 1"]:
+    def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "G T 1"]:
         share = self.shares[2][None]
-        own, before = jax.vmap(self.value)(share * x), jax.vmap(self.value)((1 - share) * x)
-        return jnp.concatenate([own, before], axis=1).T[..., None]
+        current, before = jax.vmap(self.value)(share * x), jax.vmap(self.value)((1 - share) * x)
+        return jnp.concatenate([current, before], axis=1).T[..., None]
 
-    def mixing(
-        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    def mixing_rows(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "G R T"]:
-        columns = jnp.arange(len(x))
-        rows = columns if rows is None else rows
-        r, k = self._receptance_and_keys(x, shifted(x, 1, segments))
+        r, k = self._receptance_and_keys(x, shifted(x, 1, documents))
         rate, bonus = self._rate_and_bonus()
-        past = (rows[:, None] - 1 - columns[None, :]).astype(k.dtype)[None]  # [1, R, T]; -1 at the position itself
+        past = (rows[:, None] - 1 - indices(len(x))[None, :]).astype(k.dtype)[None]  # -1 at the position itself
         weights = k.T[:, None] + jnp.where(past < 0, bonus[:, None, None], -rate[:, None, None] * past)
-        allowed = causal_mask(rows, columns, runs_and_positions(segments, len(x))[0])[None]
-        A = jax.nn.softmax(jnp.where(allowed, weights, jnp.finfo(k.dtype).min), axis=-1) * r[rows].T[..., None]
-        return jnp.concatenate([A, moved_back(A, 1, segments)])
+        weights = jnp.where(documents.visible(rows)[None], weights, jnp.finfo(k.dtype).min)
+        A = jax.nn.softmax(weights, axis=-1) * r[rows].T[..., None]
+        return jnp.concatenate([A, moved_back(A, 1, documents)])
 
     def readout(self, y: Float[Array, "G R 1"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
-        own, before = jnp.split(y[..., 0].T, 2, axis=1)
-        return jax.vmap(self.out)(own + before)
+        current, before = jnp.split(y[..., 0].T, 2, axis=1)
+        return jax.vmap(self.out)(current + before)
 
-    def __call__(self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None) -> Float[Array, "T D"]:
-        return self._parallel(x, segments)[0]
-
-    def _parallel(self, x: Array, segments: Array | None) -> tuple[Array, Sums]:
-        before = shifted(x, 1, segments)
-        (r, k), v = self._receptance_and_keys(x, before), self._mixed_values(x, before)
+    def parallel(
+        self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
+    ) -> tuple[Float[Array, "T D"], Any]:
+        before = shifted(x, 1, documents)
+        (r, k), v = held(self._receptance_and_keys(x, before), hold), self._mixed_values(x, before)
         rate, bonus = self._rate_and_bonus()
-        first = (runs_and_positions(segments, len(x))[1] == 0)[:, None]
+        first = documents.first[:, None]
         sums = running(jnp.where(first, -jnp.inf, -rate[None]), Sums(k, v, jnp.ones_like(k)))
-        none = nothing(k)
-        past = jax.tree.map(lambda a, z: jnp.where(first, z, jnp.concatenate([z[:1], a[:-1]])), sums, none)
+        past = jax.tree.map(
+            lambda a, zero: jnp.where(first, zero, jnp.concatenate([zero[:1], a[:-1]])), sums, nothing(k)
+        )
         y = jax.vmap(self.out)((r * read(past, bonus[None] + k, v)).astype(x.dtype))
-        return y, jax.tree.map(lambda a: a[-1], sums)
+        return y, Memory(last(x, count), jax.tree.map(lambda a: last(a, count), sums))
 
-    def init_state(self, length: int) -> State:
+    def init_memory(self, length: int) -> Any:
         before = jnp.zeros_like(self.bonus)
-        return State(before, nothing(before.astype(wide(before.dtype))), jnp.array(0), jnp.array(length))
+        return Memory(before, nothing(before.astype(wide(before.dtype))))
 
-    def prefill(self, x: Float[Array, "P D"], length: int) -> tuple[Float[Array, "P D"], State]:
-        y, sums = self._parallel(x, None)
-        return y, State(x[-1], sums, jnp.array(len(x)), jnp.array(length))
-
-    def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
-        own, before = x[None], state.before[None]
-        (r, k), v = self._receptance_and_keys(own, before), self._mixed_values(own, before)
+    def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
+        current, before = x[None], memory.before[None]
+        (r, k), v = self._receptance_and_keys(current, before), self._mixed_values(current, before)
         (r, k, v), (rate, bonus) = (r[0], k[0], v[0]), self._rate_and_bonus()
-        y = self.out((r * read(state.sums, bonus + k, v)).astype(x.dtype))
-        sums = added(state.sums, -rate, Sums(k, v, jnp.ones_like(k)))
-        position = state.position + 1
-        return State(x, sums, position, state.length), jnp.where(position <= state.length, y, jnp.nan)
+        y = self.out((r * read(memory.sums, bonus + k, v)).astype(x.dtype))
+        return Memory(x, added(memory.sums, -rate, Sums(k, v, jnp.ones_like(k)))), y
 
 
 def nothing(like: Float[Array, "*n D"]) -> Sums:
@@ -158,9 +147,9 @@ def nothing(like: Float[Array, "*n D"]) -> Sums:
 
 
 def added(sums: Sums, log_decay: Float[Array, "*n D"], more: Sums) -> Sums:
-    """`sums`, decayed, and `more`, over the larger of their maxima, so that no exponential overflows.
+    """`sums`, decayed, plus `more`, relative to the larger of their maxima, so that no exponential overflows.
 
-    What is common to both sums cancels, and so the maximum needs no derivative.
+    The maximum cancels between numerator and denominator, so it needs no derivative.
     """
     faded = sums.top + log_decay
     top = lax.stop_gradient(jnp.maximum(faded, more.top))
@@ -174,8 +163,8 @@ def added(sums: Sums, log_decay: Float[Array, "*n D"], more: Sums) -> Sums:
 
 def read(past: Sums, weight: Float[Array, "*n D"], v: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
     """The average over the past and the position itself."""
-    all_of_it = added(past, jnp.zeros_like(weight), Sums(weight, v, jnp.ones_like(v)))
-    return all_of_it.numerator / all_of_it.denominator
+    total = added(past, jnp.zeros_like(weight), Sums(weight, v, jnp.ones_like(v)))
+    return total.numerator / total.denominator
 
 
 def running(log_decay: Float[Array, "T D"], each: Sums) -> Sums:

@@ -1,21 +1,21 @@
-"""S4D (Gu et al., arXiv 2206.11893): diagonal state spaces, one for each channel, the same at all times."""
+"""S4D (Gu et al., arXiv 2206.11893): diagonal state spaces, one per channel, the same at all times."""
 
 import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Complex, Float, Int
+from jaxtyping import Array, Complex, Float, Int
 
-from jaxwalk.aggregates._contract import Aggregate, causal_mask, runs_and_positions
+from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments
 from jaxwalk.aggregates._diagonal import recur_and_read
 from jaxwalk.aggregates._state_space import GatedOutput, complex_of, steps_between, widened, zero_order_hold
 from jaxwalk.config import AggregateConfig
-from jaxwalk.filters import Linear, module, normal, wide
+from jaxwalk.filters import Linear, indices, module, normal, wide
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Config(AggregateConfig):
 
     name: ClassVar[str] = "s4d"
     state: int = 64
-    """N, complex numbers in the state of each channel, an even number: N / 2 are kept, of conjugate pairs."""
+    """N, the number of complex numbers in the state of each channel, even: one of each conjugate pair is stored."""
     dt_min: float = 0.001
     dt_max: float = 0.1
-    """Between these the steps start, one for each channel."""
+    """Initial step sizes, one per channel, are between these."""
 
     def check(self) -> Iterable[str]:
         if self.state < 2 or self.state % 2:
@@ -35,7 +35,7 @@ class Config(AggregateConfig):
         if not 0 < self.dt_min <= self.dt_max:
             yield f"dt_max: expected 0 < dt_min <= dt_max, got dt_min = {self.dt_min}, dt_max = {self.dt_max}"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "S4D":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "S4D":
         D, N = width, self.state // 2
         key_re, key_im, key_skip, key_dt, key_value, key_gate = jax.random.split(key, 6)
         frequencies = math.pi * jnp.arange(N, dtype=jnp.float32)
@@ -53,31 +53,22 @@ class Config(AggregateConfig):
         )
 
 
-class State(NamedTuple):
-    """h, in at least complex64."""
-
-    h: Complex[Array, "N D"]
-    position: Int[Array, ""]
-    length: Int[Array, ""]
-
-
 @module
 class S4D(Aggregate):
-    """h' = lambda h + u by steps dt with a zero-order hold, y_i = 2 Re(C . h_i) + D u_i, channel by channel.
+    """h' = lambda h + u in steps dt with a zero-order hold, y_i = 2 Re(C . h_i) + D u_i, channel by channel.
 
-    h is one number of each of N / 2 conjugate pairs. lambda = -exp(log_neg_re) + i im starts as -1/2 + i pi n; dt =
-    exp(log_dt). B is 1: only its product with C matters. A_ij = kernel[i - j], the channel's response to an impulse,
-    with D on the diagonal: the same for all inputs. The readout is the paper's gated linear unit value(g) *
-    sigmoid(gate(g)), g = GELU(y). G is the channels, and the values are the inputs themselves. Kind of A: exact. Held
-    are the gates of the readout. The paper lets B be trained too; it would change no function that C cannot make.
+    h is one number of each of N / 2 conjugate pairs. lambda = -exp(log_neg_re) + i im is initialised to -1/2 + i pi n;
+    dt = exp(log_dt). B is 1, as only its product with C matters; the paper lets B be trained too, which would add no
+    function that C cannot express. A_ij = kernel[i - j], the channel's impulse response, with D added on the diagonal:
+    the same for all inputs. The readout is the paper's gated linear unit value(g) * sigmoid(gate(g)), g = GELU(y). G is
+    the channels, and the values are the inputs themselves. Kind of A: exact. Held are the gates of the readout.
 
-    The parallel form is a product of Fourier transforms (on CPU, with its gradient, 1.4 to 4 times faster than
-    chunks, 6 to 20 times than a scan), or a scan where documents are given, as kernels do not stop at their borders.
+    The parallel form is a product of Fourier transforms (on CPU, gradient included, 1.4 to 4 times faster than chunks,
+    and 6 to 20 times faster than a scan), or a scan over packed documents, as kernels do not stop at their borders.
     """
 
-    granularity: ClassVar[Literal["head", "channel", "state"]] = "channel"
-    kind: ClassVar[Literal["exact", "conditional", "none"]] = "exact"
-    undecayed: ClassVar[frozenset[str]] = frozenset({"log_neg_re", "im"})
+    granularity = "channel"
+    decays = frozenset({"C_re", "C_im"})
 
     log_neg_re: Float[Array, "N D"] = nnx.data()
     im: Float[Array, "N D"] = nnx.data()
@@ -89,74 +80,72 @@ class S4D(Aggregate):
     output: GatedOutput = nnx.data()
 
     def _discrete(self) -> tuple[Complex[Array, "N D"], Complex[Array, "N D"]]:
-        """The logarithms of the decays, and C times the factors on what enters."""
+        """The logarithms of the decays, and C times the factors on the inputs."""
         poles = complex_of(-jnp.exp(widened(self.log_neg_re)), self.im)
         dt = jnp.broadcast_to(jnp.exp(widened(self.log_dt))[None], self.im.shape)
         log_decay, factor = zero_order_hold(poles, dt)
         return log_decay, 2 * complex_of(self.C_re, self.C_im) * factor
 
     def kernel(self, length: int) -> Float[Array, "D length"]:
-        """What an input does to the outputs from its own position on."""
+        """The impulse response: the outputs, from its own position on, of an input of one."""
         log_decay, C = self._discrete()
-        # Powers of the decay in two steps, n = 16 a + b: as many exponentials as a + b, not a b.
-        fine = jnp.exp(log_decay[None] * _count(16, log_decay))
-        coarse = jnp.exp(16 * log_decay[None] * _count(-(-length // 16), log_decay)) * C[None]
+        # Powers n = 16 a + b of the decay as products: a + b exponentials instead of a b.
+        fine = jnp.exp(log_decay[None] * _range(16, log_decay))
+        coarse = jnp.exp(16 * log_decay[None] * _range(-(-length // 16), log_decay)) * C[None]
         kernel = jnp.einsum("and,bnd->dab", coarse.real, fine.real) - jnp.einsum("and,bnd->dab", coarse.imag, fine.imag)
         kernel = kernel.reshape(len(kernel), -1)[:, :length]
         return kernel.at[:, 0].add(self.skip.astype(kernel.dtype))
 
-    def values(
-        self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None, *, hold: bool = False
-    ) -> Float[Array, "G T K"]:
+    def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "G T K"]:
         return x.T[..., None]
 
-    def mixing(
-        self, x: Float[Array, "T D"], rows: Int[Array, " R"] | None = None, segments: Int[Array, " T"] | None = None
+    def mixing_rows(
+        self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "G R T"]:
-        columns = jnp.arange(len(x))
-        rows = columns if rows is None else rows
-        runs, _ = runs_and_positions(segments, len(x))
-        A = self.kernel(len(x))[:, jnp.maximum(rows[:, None] - columns[None], 0)]
-        return jnp.where(causal_mask(rows, columns, runs)[None], A, 0)
+        A = self.kernel(len(x))[:, jnp.maximum(rows[:, None] - indices(len(x))[None], 0)]
+        return jnp.where(documents.visible(rows)[None], A, 0)
 
-    def readout(self, y: Float[Array, "G T K"], x: Float[Array, "T D"], *, hold: bool = False) -> Float[Array, "T D"]:
+    def readout(self, y: Float[Array, "G R K"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         return jax.vmap(functools.partial(self.output, hold=hold))(y[..., 0].T)
 
-    def __call__(self, x: Float[Array, "T D"], segments: Int[Array, " T"] | None = None) -> Float[Array, "T D"]:
-        if segments is not None:
-            return self._scan(x, runs_and_positions(segments, len(x))[1] > 0, self.init_state(len(x)).h)[0]
-        T, wider = len(x), widened(x).T
-        kernel = jnp.fft.rfft(self.kernel(T), 2 * T)
-        y = jnp.fft.irfft(kernel * jnp.fft.rfft(wider, 2 * T), 2 * T)[:, :T]
-        return jax.vmap(self.output)(y.T.astype(x.dtype))
+    def parallel(
+        self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
+    ) -> tuple[Float[Array, "T D"], Any]:
+        if documents.run is None:
+            T = len(x)
+            kernel = jnp.fft.rfft(self.kernel(T), 2 * T)
+            y = jnp.fft.irfft(kernel * jnp.fft.rfft(widened(x).T, 2 * T), 2 * T)[:, :T].T
+        else:
+            y, _ = self._scan(x, documents.first, self.init_memory(len(x)))
+        return jax.vmap(functools.partial(self.output, hold=hold))(y.astype(x.dtype)), x
 
-    def _scan(self, x: Array, keep: Bool[Array, " T"], start: Array) -> tuple[Array, Array]:
-        """The output, and the last state."""
+    def _scan(self, x: Array, first: Array, start: Array, count: Count = None) -> tuple[Array, Array]:
+        """The combined values [T, D], and the state after the first `count` positions."""
         log_decay, C = self._discrete()
         decay, wider = jnp.exp(log_decay), widened(x)
+        real = indices(len(x)) < (len(x) if count is None else count)
 
-        def parts(at: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-            keep, entering = at
-            return jnp.where(keep, decay, 0), jnp.broadcast_to(entering[None], decay.shape), C
+        def parts(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            first, real, entering = at
+            step_decay = jnp.where(real, jnp.where(first, 0, decay), 1)
+            return step_decay, jnp.broadcast_to(jnp.where(real, entering, 0)[None], decay.shape), C
 
-        read, last = recur_and_read(parts, (keep, wider.astype(decay.dtype)), start)
-        y = read.real + self.skip.astype(wider.dtype)[None] * wider
-        return jax.vmap(self.output)(y.astype(x.dtype)), last
+        read, after = recur_and_read(parts, (first, real, wider.astype(decay.dtype)), start)
+        return read.real + self.skip.astype(wider.dtype)[None] * wider, after
 
-    def init_state(self, length: int) -> State:
-        zeros = jnp.zeros(self.im.shape, wide(self.im.dtype))
-        return State(complex_of(zeros, zeros), jnp.array(0), jnp.array(length))
+    def init_memory(self, length: int) -> Any:
+        zeros = jnp.zeros(self.im.shape[-2:], wide(self.im.dtype))
+        return complex_of(zeros, zeros)
 
-    def prefill(self, x: Float[Array, "P D"], length: int) -> tuple[Float[Array, "P D"], State]:
-        y, h = self._scan(x, jnp.ones(len(x), bool), self.init_state(length).h)
-        return y, State(h, jnp.array(len(x)), jnp.array(length))
+    def allocate(self, memory: Any, length: int, count: Count = None) -> Any:
+        # Fourier transforms leave no state: it is computed here, from the inputs, only where it is needed.
+        return self._scan(memory, indices(len(memory)) == 0, self.init_memory(length), count)[1]
 
-    def step(self, state: State, x: Float[Array, " D"]) -> tuple[State, Float[Array, " D"]]:
-        y, h = self._scan(x[None], jnp.ones(1, bool), state.h)
-        position = state.position + 1
-        return State(h, position, state.length), jnp.where(position <= state.length, y[0], jnp.nan)
+    def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
+        y, h = self._scan(x[None], position[None] == 0, memory)
+        return h, self.output(y[0].astype(x.dtype))
 
 
-def _count(length: int, like: Array) -> Array:
+def _range(length: int, like: Array) -> Array:
     """0, 1, ... along the first axis."""
     return jnp.arange(length).astype(like.dtype).reshape(-1, *(1,) * like.ndim)

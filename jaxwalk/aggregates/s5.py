@@ -29,10 +29,10 @@ class Config(AggregateConfig):
 
     name: ClassVar[str] = "s5"
     state: int = 64
-    """P, complex numbers in the state, an even number: P / 2 are kept, of conjugate pairs."""
+    """P, the number of complex numbers in the state, even: one of each conjugate pair is stored."""
     dt_min: float = 0.001
     dt_max: float = 0.1
-    """Between these the steps start, one for each number of the state."""
+    """Initial step sizes, one per number of the state, are between these."""
 
     def check(self) -> Iterable[str]:
         if self.state < 2 or self.state % 2:
@@ -40,14 +40,14 @@ class Config(AggregateConfig):
         if not 0 < self.dt_min <= self.dt_max:
             yield f"dt_max: expected 0 < dt_min <= dt_max, got dt_min = {self.dt_min}, dt_max = {self.dt_max}"
 
-    def init(self, *, width: int, max_length: int, layer: int, depth: int, key: Any) -> "S5":
+    def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "S5":
         D, P = width, self.state
         key_B, key_C, key_skip, key_gate, key_dt = jax.random.split(key, 5)
         poles, V = hippo(P)
         V_re, V_im = (jnp.asarray(part, jnp.float32) for part in (V.real, V.imag))
         B, C = normal(key_B, (D, P), 1 / math.sqrt(D)), normal(key_C, (P, D), 1 / math.sqrt(P))
         return S5(
-            # V^-1 B and C V of the paper, transposed: B is of rows here, and V is unitary.
+            # V^-1 B and C V of the paper, transposed, as B multiplies rows here; V is unitary.
             B_re=B @ V_re,
             B_im=-B @ V_im,
             C_re=V_re.T @ C,
@@ -62,13 +62,13 @@ class Config(AggregateConfig):
 
 @module
 class S5(StateSpace):
-    """h' = lambda h + B u by steps dt with a zero-order hold, y_i = 2 Re(C h_i) + D u_i, for conjugate pairs.
+    """h' = lambda h + B u in steps dt with a zero-order hold, y_i = 2 Re(C h_i) + D u_i, for conjugate pairs.
 
-    lambda = -exp(log_neg_re) + i im starts as the eigenvalues of the normal part of HiPPO-LegS; dt = exp(log_dt). The
-    readout is the paper's g * sigmoid(gate(g)), g = GELU(y), which has no map out of its own. G is the real and
+    lambda = -exp(log_neg_re) + i im is initialised to the eigenvalues of the normal part of HiPPO-LegS; dt =
+    exp(log_dt). The readout is the paper's g * sigmoid(gate(g)), g = GELU(y), which has no output map. G is the real and
     imaginary parts of the numbers in the state, and pairs of channels of the direct term D u, whose A is the identity.
     Kind of A: exact, the same for all inputs. Held are the gates of the readout. The paper trains the real parts of
-    lambda as they are; by their logarithms they stay negative, and the state stable.
+    lambda directly; their logarithms, trained here, keep them negative and the state stable.
     """
 
     log_neg_re: Float[Array, " N"] = nnx.data()
@@ -78,13 +78,13 @@ class S5(StateSpace):
     def discrete(self) -> tuple[Complex[Array, " N"], Complex[Array, " N"]]:
         poles = complex_of(-jnp.exp(widened(self.log_neg_re)), self.im)
         log_decay, factor = zero_order_hold(poles, jnp.exp(widened(self.log_dt)))
-        return log_decay, 2 * factor  # once for each of a pair
+        return log_decay, 2 * factor  # once for each number of a conjugate pair
 
 
 def hippo(P: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues [P/2] with positive imaginary parts, and eigenvectors [P, P/2], of HiPPO-LegS's normal part.
+    """Eigenvalues [P/2] with positive imaginary parts, and eigenvectors [P, P/2], of the normal part of HiPPO-LegS.
 
-    That is -1/2 on the diagonal, and -sqrt((n + 1/2)(k + 1/2)) at n > k, antisymmetric.
+    That matrix has -1/2 on the diagonal, -sqrt((n + 1/2)(k + 1/2)) at n > k, and is otherwise antisymmetric.
     """
     n = np.sqrt(np.arange(P) + 0.5)
     lower = -np.tril(np.outer(n, n), -1)

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.analyses._finding import NotApplicable
 from jaxwalk.analyses._statistics import batches
 from jaxwalk.analyses._subject import Subject
+from jaxwalk.model import Transformer
 from jaxwalk.paths import next_log_probs
-from jaxwalk.transformer import Transformer
 
 EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Of the bins in which probabilities are compared with what came of them."""

@@ -14,7 +14,8 @@ from jaxtyping import Int
 from jaxwalk import checkpoint, pretrained, text
 from jaxwalk.analyses._finding import NotApplicable
 from jaxwalk.config import ConfigError
-from jaxwalk.transformer import Transformer, check_tokens, init, plain
+from jaxwalk.model import Transformer, init, plain
+from jaxwalk.model.inputs import check_tokens
 
 
 @dataclass(frozen=True)

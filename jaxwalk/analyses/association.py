@@ -27,8 +27,8 @@ from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._laws import check_data, held_out_paths
 from jaxwalk.analyses._statistics import batches, bootstrap, mean_interval, resampled_means
 from jaxwalk.analyses._subject import Subject
+from jaxwalk.model import Transformer
 from jaxwalk.paths import step_log_probs
-from jaxwalk.transformer import Transformer
 
 CLAIM = "C6: attention adds an association bias to the composition of context vectors, which may be redundant."
 RUNGS = {

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, UInt
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, percentiles, resampled_means
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.transformer import Transformer
+from jaxwalk.model import Transformer
 from jaxwalk.worlds import HiddenMarkov
 
 FIRST = True

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, mean_interval
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.transformer import Transformer, plain
+from jaxwalk.model import Transformer, plain
 
 FLOATS = 1 << 22
 """How many numbers of stations a batch may hold."""

@@ -19,9 +19,9 @@ from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._laws import check_data, held_out_paths
 from jaxwalk.analyses._statistics import average_ranks, mean_interval
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.attribution import gradient_attribution, occlusion
-from jaxwalk.decomposition import TOLERANCE, DecompositionError, decompose, decompose_steps, log_prob_readout
-from jaxwalk.transformer import Transformer
+from jaxwalk.model import Transformer
+from jaxwalk.probes.attribution import gradient_attribution, occlusion
+from jaxwalk.probes.decomposition import TOLERANCE, DecompositionError, decompose, decompose_steps, log_prob_readout
 
 WORK = 2.5e12
 """Floating-point operations that all paths together may take, roughly, as long as there are eight of them."""

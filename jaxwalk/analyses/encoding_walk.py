@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, mean_interval
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.lenses import read_steps
-from jaxwalk.transformer import Transformer
+from jaxwalk.model import Transformer
+from jaxwalk.probes.lenses import read_steps
 
 FLOATS = 1 << 24
 """How many numbers of one station's laws, or of all stations, a batch may hold: few places waste the output map."""

@@ -23,7 +23,7 @@ from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, resampled_means
 from jaxwalk.analyses._subject import Subject
 from jaxwalk.analyses.cloud import check_position
-from jaxwalk.transformer import Transformer
+from jaxwalk.model import Transformer
 
 FLOATS = 1 << 22
 """How many numbers of stations a batch may hold."""

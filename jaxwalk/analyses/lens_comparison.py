@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, mean_interval, resampled_means
 from jaxwalk.analyses._subject import Subject
-from jaxwalk.lenses import LOGIT_LENS, Lens, jacobian_lens, least_squares_lens, read, tuned_lens
-from jaxwalk.transformer import Transformer
+from jaxwalk.model import Transformer
+from jaxwalk.probes.lenses import LOGIT_LENS, Lens, jacobian_lens, least_squares_lens, read, tuned_lens
 
 CLAIM = "C6: context vectors are composed station by station, and each station already holds part of the final law."
 LABELS = {

@@ -26,8 +26,8 @@ from jaxwalk.analyses._finding import Figure, Finding, Series
 from jaxwalk.analyses._laws import batch_size, check_data, held_out_paths, in_batches, observe
 from jaxwalk.analyses._statistics import bootstrap, mean_interval
 from jaxwalk.analyses._subject import Subject
+from jaxwalk.model import State, Transformer, init_state, step
 from jaxwalk.paths import continuations
-from jaxwalk.transformer import State, Transformer, init_state, step
 from jaxwalk.worlds import HiddenMarkov
 
 CLAIM = "C3: there is no learning in context: a context only narrows the set of paths that are left."

@@ -30,8 +30,8 @@ from jaxwalk.analyses._laws import (
 )
 from jaxwalk.analyses._statistics import bootstrap, g_test, mean_interval
 from jaxwalk.analyses._subject import Subject
+from jaxwalk.model import Transformer
 from jaxwalk.paths import continuations, enumerated_log_probs, next_log_probs, sample_paths
-from jaxwalk.transformer import Transformer
 
 CLAIM = (
     "C1, C2: behaviours are paths that the model random-walks, and training learns a distribution over all paths, "

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._subject import Subject
+from jaxwalk.model import Transformer
+from jaxwalk.model.inputs import check_tokens
 from jaxwalk.paths import (
     ENUMERABLE,
     Estimate,
@@ -29,8 +31,7 @@ from jaxwalk.paths import (
     sample_paths,
     top_paths,
 )
-from jaxwalk.sensitivity import context_sensitivity, context_vjp
-from jaxwalk.transformer import Transformer, check_tokens
+from jaxwalk.probes import context_sensitivity, context_vjp
 
 CLAIM = "C1, C3: behaviours are paths that the model random-walks; a prompt says where the walk stands, and narrows it."
 SENSITIVITY_BUDGET = 4e11

@@ -26,7 +26,7 @@ from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, percentiles, resampled_means
 from jaxwalk.analyses._subject import Subject
 from jaxwalk.filters import Embed, LayerNorm, LearnedPositions, Linear, Norm, SinusoidalPositions, Unembed
-from jaxwalk.transformer import Layer, Transformer
+from jaxwalk.model import Layer, Transformer
 
 FLOATS = 1 << 20
 """How many log-probabilities are analysed in all: ranking them is what takes time."""

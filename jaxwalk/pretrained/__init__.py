@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxwalk import checkpoint
 from jaxwalk.checkpoint import CheckpointError
 from jaxwalk.config import ConfigError, ModelConfig
+from jaxwalk.model.transformer import Transformer
 from jaxwalk.pretrained._export import export
 from jaxwalk.pretrained._family import Family, Store, assemble, families, family_of, read_config
 from jaxwalk.pretrained._gguf import GGUFFile, GGUFTensors
@@ -25,7 +26,6 @@ from jaxwalk.pretrained._safetensors import PICKLED, Safetensors, files_of, refu
 from jaxwalk.pretrained._series import by_step, name_of, subfolders
 from jaxwalk.pretrained._tokenizer import of_folder, of_gguf
 from jaxwalk.text import Vocabulary
-from jaxwalk.transformer import Transformer
 
 __all__ = ["config_of", "export", "is_foreign", "load", "names", "series"]
 

@@ -12,11 +12,14 @@ import numpy as np
 from jaxwalk.aggregates import attention
 from jaxwalk.config import ConfigError, MLPConfig, ModelConfig
 from jaxwalk.filters import GatedMLP, LayerNorm, LearnedPositions, RMSNorm, SinusoidalPositions
+from jaxwalk.model.build import init, resolved_layers
+from jaxwalk.model.layer import Layer
+from jaxwalk.model.layout import apart, path_of
+from jaxwalk.model.transformer import Transformer
 from jaxwalk.pretrained import _safetensors
 from jaxwalk.pretrained._family import Family, Keys, differences, families, parameters
 from jaxwalk.pretrained._tokenizer import begins_with
 from jaxwalk.text import BPEVocabulary, ByteVocabulary, TokenizerVocabulary, Vocabulary, byte_letters
-from jaxwalk.transformer import Layer, Transformer, init, resolved_layers
 
 
 def export(model: Transformer, folder: str | os.PathLike[str], vocabulary: Vocabulary | None = None) -> None:
@@ -40,8 +43,8 @@ def export(model: Transformer, folder: str | os.PathLike[str], vocabulary: Vocab
 
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
+        path_of(keys): np.asarray(leaf)
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(apart(jax.tree.map(np.asarray, model)))[0]
     }
     tensors: dict[str, np.ndarray] = {}
     for parameter in parameters(family, config):
@@ -68,7 +71,7 @@ def _config_of(model: Transformer) -> ModelConfig:
         if not isinstance(layer.aggregate, attention.Attention)
     ]
     reasons += [f"layer {i}: it has no filter" for i, layer in enumerate(model.layers) if layer.filter is None]
-    if not model.layers:
+    if not model.depth:
         reasons.append("it has no layers")
     if model.norm is None:
         reasons.append("it has no final norm")
@@ -91,11 +94,11 @@ def _config_of(model: Transformer) -> ModelConfig:
         positions=kinds[type(model.positions)],
         tied=model.unembed.weight is None,
         unembed_bias=model.unembed.bias is not None,
-        scan=model.scan,
         remat=model.remat,
     )
     made: Any = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    kinds_of = [(jax.tree.structure(m), [a.shape for a in jax.tree.leaves(m)]) for m in (made, model)]
+    separate = [apart(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), m)) for m in (made, model)]
+    kinds_of = [(jax.tree.structure(m), [a.shape for a in jax.tree.leaves(m)]) for m in separate]
     if kinds_of[0] != kinds_of[1]:
         raise ConfigError(
             "export: expected a model that is attention, MLPs and norms only, with norms and placement alike in all "
@@ -159,7 +162,6 @@ def _comparable(config: ModelConfig) -> ModelConfig:
         aggregate=tuple(attention_of(aggregate) for aggregate, _ in layers),
         filter=tuple(filter_of(filter) for _, filter in layers),
         norm_bias=config.norm_bias and config.norm == "layer_norm",
-        scan=False,
         remat=False,
     )
 

@@ -20,8 +20,10 @@ from jax.sharding import Mesh
 
 from jaxwalk.checkpoint import CheckpointError
 from jaxwalk.config import ConfigError, ModelConfig, unknown
+from jaxwalk.model.build import init, resolved_layers
+from jaxwalk.model.layout import apart, path_of, stored_paths
+from jaxwalk.model.transformer import Transformer
 from jaxwalk.sharding import shardings
-from jaxwalk.transformer import Transformer, init, resolved_layers
 
 _TRAINING = "acts in training only"
 _GENERATION = "a default of transformers' generate(), which is not used here"
@@ -347,10 +349,9 @@ class _Parameter(NamedTuple):
 def parameters(family: Family, config: ModelConfig) -> list[_Parameter]:
     """Every parameter of a model, with the tensors that it is made of."""
     tensors = family.tensors(config)
-    template = _template(config)
     found = []
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(template)[0]:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(apart(_template(config)))[0]:
+        path = path_of(keys)
         layer = path.split("/")[1] if path.startswith("layers/") else ""
         kind = path.rsplit("/", 1)[1]
         named = next((name for name in _names(path) if name in tensors), path)
@@ -397,17 +398,22 @@ def assemble(
     _check(family, config, store, plan, source)
 
     template = _template(config)
-    places = [None] * len(plan) if mesh is None else jax.tree.leaves(shardings(template, mesh))
+    leaves, structure = jax.tree.flatten(template)
+    places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(template, mesh))
     dtype = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
-    leaves = []
-    for parameter, place in zip(plan, places, strict=True):
-        buffer, start = _aligned(parameter.shape, dtype), 0
-        for part in parameter.parts:
-            parameter.write(buffer, part, start, store.read(part.name))
-            start += part.rows
-        leaves.append(_placed(buffer, place))
-        store.release()
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+    by_path = {parameter.path: parameter for parameter in plan}
+    arrays = []
+    for leaf, place, paths in zip(leaves, places, stored_paths(template), strict=True):
+        buffer = _aligned(leaf.shape, dtype)
+        # A leaf of stacked layers is filled layer by layer, in place.
+        for path, view in zip(paths, buffer if paths[0].startswith("layers/") else [buffer], strict=True):
+            parameter, start = by_path[path], 0
+            for part in parameter.parts:
+                parameter.write(view, part, start, store.read(part.name))
+                start += part.rows
+            store.release()
+        arrays.append(_placed(buffer, place))
+    return jax.tree.unflatten(structure, arrays)
 
 
 def _headless(part: _Part, prefix: str) -> _Part:

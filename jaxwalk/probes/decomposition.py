@@ -1,0 +1,454 @@
+"""Exact decompositions of a context vector, or of any station: parts that sum to the whole, and prove it.
+
+Every nonlinearity here is a data-dependent coefficient times a linear map: mixing weights times values, 1/std times a
+centred vector, a gate times its argument. With the coefficients held at the values they took, the walk is affine in the
+token vectors, and the terms of its sum are known one by one ("detached Jacobian": Golden, arXiv 2505.24293). The part of
+the biases is a derivative of its own, never the remainder, so the sum is a check: each result carries its error relative
+to the sum of |parts|, and beyond rounding it raises. The check cannot detect an unheld map that is homogeneous of degree
+one, such as x |x| / |x|: its derivative along x is the map itself. `jaxwalk/filters.py` and the laws of aggregates hold
+each module to being affine.
+
+The token cut is total: what comes from a token through everything. The cuts by step, head and neuron are direct: the
+output of that piece, carried to the target by the residual stream and the held norms alone. All functions take one path
+and are batched with `jax.vmap`, under which, as under jit, nothing raises: look at `error`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxwalk._products import exact
+from jaxwalk.filters import MLP, GatedMLP, row, softcap_gate
+from jaxwalk.model.build import plain
+from jaxwalk.model.inputs import Index, Path, Segments, Tokens, check_index, is_traced, prepare
+from jaxwalk.model.stack import Place
+from jaxwalk.model.transformer import Transformer
+from jaxwalk.paths.law import entropy
+from jaxwalk.probes import _cuts
+from jaxwalk.probes._cuts import Target
+
+TOLERANCE = {jnp.dtype("float32"): 1e-5, jnp.dtype("float64"): 1e-12}
+"""The largest error of a decomposition, relative to the sum of |parts|, that counts as rounding."""
+
+
+class DecompositionError(ArithmeticError):
+    """The parts do not sum to the whole: some coefficient is not held, or some additive part is not accounted for."""
+
+
+class Decomposition(NamedTuple):
+    """A target vector split by source token: by_token.sum(0) + by_position.sum(0) + bias = whole.
+
+    by_token: [T, D], of each token vector, through everything. by_position: [T, D], likewise of each position vector
+    (zeros in a model without any). bias: [D], of all biases, computed by a derivative of its own. whole: [D], the target
+    itself. error: [], |sum - whole| / sum of |parts|. If the target is read along n directions, all of these have n in
+    place of D, and the error is the largest one along any direction.
+    """
+
+    by_token: Float[Array, "T D"]
+    by_position: Float[Array, "T D"]
+    bias: Float[Array, " D"]
+    whole: Float[Array, " D"]
+    error: Float[Array, ""]
+
+
+class StepDecomposition(NamedTuple):
+    """A target vector split by the steps of the walk: token + position + by_step.sum(0) + by_step_bias.sum(0) + bias.
+
+    token, position: [D], of the position's own token and position vector, carried directly. by_step: [2L, D], what each
+    step (2l the aggregate, 2l+1 the filter of layer l) computes from the stream. by_step_bias: [2L, D], what it adds by
+    the biases within it. bias: [D], of the norms on the way. whole, error: as in `Decomposition`.
+    """
+
+    token: Float[Array, " D"]
+    position: Float[Array, " D"]
+    by_step: Float[Array, "2L D"]
+    by_step_bias: Float[Array, "2L D"]
+    bias: Float[Array, " D"]
+    whole: Float[Array, " D"]
+    error: Float[Array, ""]
+
+
+class StepTokenDecomposition(NamedTuple):
+    """What each step adds, split by the source token that its input came from, through all steps before it.
+
+    token, position, bias: [D], what is carried directly, as in `StepDecomposition`. by_token, by_position: [2L, T, D].
+    by_step_bias: [2L, D], of all biases up to and within the step. Summed over steps this is the token cut; summed over
+    tokens, positions and biases the step cut. whole, error: as in `Decomposition`.
+    """
+
+    token: Float[Array, " D"]
+    position: Float[Array, " D"]
+    by_token: Float[Array, "2L T D"]
+    by_position: Float[Array, "2L T D"]
+    by_step_bias: Float[Array, "2L D"]
+    bias: Float[Array, " D"]
+    whole: Float[Array, " D"]
+    error: Float[Array, ""]
+
+
+class HeadDecomposition(NamedTuple):
+    """What one layer's aggregate adds, split by head (or channel) and source position: by_head.sum((0, 1)) + bias.
+
+    by_head: [G, T, D], A_tj times the value at j, read out and carried. bias: [D], of the readout and of a norm of it;
+    the bias of the values is part of the values. whole: [D], the move of the aggregate step, carried. error: as in
+    `Decomposition`.
+    """
+
+    by_head: Float[Array, "G T D"]
+    bias: Float[Array, " D"]
+    whole: Float[Array, " D"]
+    error: Float[Array, ""]
+
+
+class NeuronDecomposition(NamedTuple):
+    """What one layer's filter adds, split by neuron: by_neuron.sum(0) + bias = whole, all carried.
+
+    by_neuron: [E, D], each neuron's activation times its row of `down`. bias: [D], of `down` and of a norm of its
+    output. whole: [D], the move of the filter step, carried. error: as in `Decomposition`.
+    """
+
+    by_neuron: Float[Array, "E D"]
+    bias: Float[Array, " D"]
+    whole: Float[Array, " D"]
+    error: Float[Array, ""]
+
+
+class Readout(NamedTuple):
+    """A scalar that is affine in the context vector c: direction . c + constant.
+
+    direction: [D]. constant: [], which belongs to no part of the context. The parts of a decomposition of the context,
+    dotted with `direction`, sum with the constant to the scalar.
+    """
+
+    direction: Float[Array, " D"]
+    constant: Float[Array, ""]
+
+
+def decompose(
+    model: Transformer,
+    tokens: Tokens,
+    at: Index = -1,
+    *,
+    station: Index | None = None,
+    segments: Segments | None = None,
+    along: Float[Array, "n D"] | None = None,
+) -> Decomposition:
+    """The context vector of position `at`, or a station of it, split exactly by source token.
+
+    Args:
+        model: in float32 or float64.
+        tokens: [T], the path.
+        at: the position.
+        station: 0 to S-1 (0 the embedding, 2l+1 after aggregate l, 2l+2 after filter l); the context vector by default.
+        segments: [T], the document of each position.
+        along: [n, D], directions to take the parts along; by default the parts are vectors.
+
+    Returns:
+        The parts [T, D], or [T, n] along directions. They take the fewer of T forward passes and D (or n) backward
+        passes, in bounded memory.
+
+    Raises:
+        ValueError: for a position or station that does not exist, a wrong shape, or a dtype below float32.
+        DecompositionError: if the parts do not sum to the whole.
+    """
+    if along is not None and (jnp.ndim(along) != 2 or along.shape[-1] != model.width):
+        raise ValueError(f"along: expected directions [n, {model.width}], got shape {jnp.shape(along)}.")
+    result, path = _run(by_token, model, tokens, at, station, segments, along)
+    return result._replace(by_token=path.cut(result.by_token), by_position=path.cut(result.by_position))
+
+
+def decompose_steps(
+    model: Transformer,
+    tokens: Tokens,
+    at: Index = -1,
+    *,
+    station: Index | None = None,
+    segments: Segments | None = None,
+) -> StepDecomposition:
+    """The context vector of position `at`, or a station of it, split exactly by the steps that added to it.
+
+    Steps after `station` have zero parts. Arguments and errors are those of `decompose`.
+    """
+    return _run(_by_step, model, tokens, at, station, segments)[0]
+
+
+def decompose_steps_by_token(
+    model: Transformer,
+    tokens: Tokens,
+    at: Index = -1,
+    *,
+    station: Index | None = None,
+    segments: Segments | None = None,
+) -> StepTokenDecomposition:
+    """Both cuts at once: each step's part of the target, split by source token. It takes T forward passes.
+
+    Arguments and errors are those of `decompose`.
+    """
+    result, path = _run(_by_step_and_token, model, tokens, at, station, segments)
+    return result._replace(by_token=path.cut(result.by_token, 1), by_position=path.cut(result.by_position, 1))
+
+
+def decompose_heads(
+    model: Transformer,
+    tokens: Tokens,
+    layer: Index,
+    at: Index = -1,
+    *,
+    station: Index | None = None,
+    segments: Segments | None = None,
+) -> HeadDecomposition:
+    """What the aggregate of `layer` adds to the target, split exactly by head and source position.
+
+    Args:
+        layer: 0 to L-1. A traced one needs a model whose layers are all alike.
+        model, tokens, at, station, segments: as in `decompose`.
+
+    Raises:
+        ValueError: for a layer that does not exist or comes after `station`, and as `decompose` does.
+    """
+    slot, index, number = _located(model, layer, station, lambda number: 2 * number + 1)
+    result, path = _run(_by_head, model, tokens, at, station, segments, index, number, slot=slot)
+    return result._replace(by_head=path.cut(result.by_head, 1))
+
+
+def decompose_neurons(
+    model: Transformer,
+    tokens: Tokens,
+    layer: Index,
+    at: Index = -1,
+    *,
+    station: Index | None = None,
+    segments: Segments | None = None,
+) -> NeuronDecomposition:
+    """What the filter of `layer` adds to the target, split exactly by neuron.
+
+    Arguments are those of `decompose_heads`.
+
+    Raises:
+        ValueError: for a layer that does not exist, has no MLP or comes after `station`, and as `decompose` does.
+    """
+    slot, index, number = _located(model, layer, station, lambda number: 2 * number + 2)
+    if not isinstance(model.layers.blocks[slot[0]].period[slot[1]].filter, MLP | GatedMLP):
+        with_neurons = [n for n, one in enumerate(model.layers) if isinstance(one.filter, MLP | GatedMLP)]
+        raise ValueError(f"layer: expected one whose filter has neurons, of {with_neurons}, got {layer}.")
+    return _run(_by_neuron, model, tokens, at, station, segments, index, number, slot=slot)[0]
+
+
+def logit_readout(model: Transformer, token: Index, context: Float[Array, " D"] | None = None) -> Readout:
+    """The logit of `token` as a function of the context: u . c + b, or g (u . c + b) where logits are soft-capped.
+
+    Args:
+        model: the model.
+        token: a token id.
+        context: [D], where g = tanh(a / cap) / (a / cap), for the logit a before the cap, is held.
+
+    Raises:
+        ValueError: for an id out of range, and for a missing context where the model soft-caps its logits.
+    """
+    token = check_index("token", token, model.vocab_size, from_end=False)
+    if model.unembed.softcap is not None and context is None:
+        raise ValueError(
+            f"context: expected a context vector, as this model soft-caps its logits at {model.unembed.softcap:g}, and "
+            "by how much depends on it; got None."
+        )
+    return _logit_readout(model, token, context)
+
+
+def log_prob_readout(model: Transformer, context: Float[Array, " D"], token: Index) -> Readout:
+    """log p(token) at the law p of this context, in nats: (u - E_p u) . c + (b - E_p b) - H(p), with p held.
+
+    The constant contains the entropy -H(p), without which the parts would sum to the centred logit only. Where the
+    model soft-caps its logits, each u and b is multiplied by its gate, as in `logit_readout`. Raises ValueError for an
+    id out of range.
+    """
+    return _log_prob_readout(model, context, check_index("token", token, model.vocab_size, from_end=False))
+
+
+@jax.jit
+@exact
+def _logit_readout(model: Transformer, token: Array, context: Array | None) -> Readout:
+    U, bias = model.output_vectors, model.unembed.bias
+    direction = row(U, token)
+    constant = jnp.zeros((), U.dtype) if bias is None else row(bias[:, None], token)[0]
+    if model.unembed.softcap is None or context is None:
+        return Readout(direction, constant)
+    gate = softcap_gate(direction @ context + constant, model.unembed.softcap)
+    return Readout(gate * direction, gate * constant)
+
+
+@jax.jit
+@exact
+def _log_prob_readout(model: Transformer, context: Array, token: Array) -> Readout:
+    direction, constant = _logit_readout(model, token, context)
+    logits = model.logits(context)
+    p, log_p = jax.nn.softmax(logits), jax.nn.log_softmax(logits)
+    weights = p
+    if model.unembed.softcap is not None:
+        weights = p * softcap_gate(model.unembed.uncapped(context, model.embed.table), model.unembed.softcap)
+    mean_bias = 0 if model.unembed.bias is None else weights @ model.unembed.bias
+    return Readout(direction - weights @ model.output_vectors, constant - mean_bias - entropy(log_p))
+
+
+def _located(model: Transformer, layer: Index, station: Index | None, reached: Callable[[Any], Any]) -> Any:
+    """The slot of a layer, its repetition, and its number, both as arguments of a program."""
+    if is_traced(layer):
+        if len(model.layers.blocks) != 1 or len(model.layers.blocks[0].period) != 1:
+            raise ValueError("layer: expected an integer, as the layers of this model differ; got a traced one.")
+        return (0, 0), layer, layer
+    number = int(layer)
+    if not 0 <= number < model.depth:
+        raise ValueError(f"layer: expected one from 0 to {model.depth - 1}, got {layer}.")
+    if station is not None and not is_traced(station) and int(station) < reached(number):
+        raise ValueError(
+            f"station: expected one from {reached(number)} on, where layer {layer} has added its part, got {station}."
+        )
+    place = model.layers.place(number)
+    return (place.block, place.member), jnp.int32(place.index), jnp.int32(number)
+
+
+def _run(
+    program: Callable[..., Any],
+    model: Transformer,
+    tokens: Tokens,
+    at: Index,
+    station: Index | None,
+    segments: Segments | None,
+    *others: Any,
+    slot: tuple[int, int] | None = None,
+) -> tuple[Any, Path]:
+    """The result of a cut's program, if its parts sum to the whole, and the padded path."""
+    check_dtype(model)
+    path = prepare(model, tokens, segments, at, station, others)
+    at = check_index("at", at, path.length)
+    S = model.stations
+    if station is not None and not is_traced(station) and not 0 <= int(station) < S:
+        raise ValueError(
+            f"station: expected one from 0 to {S - 1} (0 the embedding, 2l+1 after aggregate l, 2l+2 after filter l), "
+            f"got {station}."
+        )
+    target = jnp.asarray(S if station is None else station, jnp.int32)
+    static = {} if slot is None else {"slot": slot}
+    result = program(model, path.tokens, path.segments, at, target, *others, **static)
+    check_error(result.error, model)
+    return result, path
+
+
+def check_dtype(model: Transformer) -> None:
+    """Raises ValueError for a model whose dtype is too narrow to tell rounding from a missing part."""
+    dtype = model.embed.table.dtype
+    if dtype not in TOLERANCE:
+        raise ValueError(f"model: expected float32 or float64, got {dtype}. Use jw.astype(model, jnp.float32).")
+
+
+def check_error(error: Array, model: Transformer) -> None:
+    """Raises DecompositionError for a concrete error beyond rounding."""
+    tolerance = TOLERANCE[model.embed.table.dtype]
+    if not is_traced(error) and not float(error) <= tolerance:
+        raise DecompositionError(
+            f"the parts do not sum to the whole: expected an error of at most {tolerance:g} of the sum of |parts|, got "
+            f"{float(error):.2g}. A NaN is in the walk itself; otherwise a module of the model has a coefficient that "
+            f"`hold` does not hold, or an additive parameter that is not called {', '.join(_cuts.ADDITIVE)}."
+        )
+
+
+def _target(model: Transformer, tokens: Array, segments: Array | None, at: Array, station: Array) -> Target:
+    """The target at a position and station; NaN where there is none, or the position is missing."""
+    return Target.of(plain(model), tokens, segments, at, station)
+
+
+@jax.jit
+@exact
+def by_token(
+    model: Transformer, tokens: Array, segments: Array | None, at: Array, station: Array, along: Array | None
+) -> Decomposition:
+    """The program of `decompose`, for checked arguments; `station` is S for the context vector."""
+    target = _target(model, tokens, segments, at, station)
+    read = (lambda whole: whole) if along is None else (lambda whole: along @ whole)
+    f = lambda x: read(target.of_walk(target.held(x)))
+    of_tokens, of_positions = target.split_by_source(f)
+    bias = target.due_to_biases(lambda model: read(target.of_walk(target.held(target.x, model))))
+    whole, parts = read(target.whole), jnp.concatenate([of_tokens, of_positions, bias[None]])
+    if along is None:
+        error = _cuts.error(whole, parts)
+    else:
+        # The rounding of a product with a direction is relative to the lengths of both factors.
+        scale = jnp.abs(parts).sum(0) + jnp.linalg.norm(target.whole) * jnp.linalg.norm(along, axis=-1)
+        error = jnp.max(_cuts.ratio(jnp.abs(parts.sum(0) - whole), scale))
+    return Decomposition(of_tokens, of_positions, bias, whole, error)
+
+
+@jax.jit
+@exact
+def _by_step(model: Transformer, tokens: Array, segments: Array | None, at: Array, station: Array) -> StepDecomposition:
+    target = _target(model, tokens, segments, at, station)
+    token, position, bias = target.direct()
+    by_step, by_step_bias = (target.carry_moves(moves) for moves in target.step_parts())
+    parts = jnp.concatenate([jnp.stack([token, position, bias]), by_step, by_step_bias])
+    return StepDecomposition(
+        token, position, by_step, by_step_bias, bias, target.whole, _cuts.error(target.whole, parts)
+    )
+
+
+@jax.jit
+@exact
+def _by_step_and_token(
+    model: Transformer, tokens: Array, segments: Array | None, at: Array, station: Array
+) -> StepTokenDecomposition:
+    target = _target(model, tokens, segments, at, station)
+    T, D = target.x.shape
+    f = lambda x, model=target.model: target.carry_moves(target.held(x, model).moves)
+    by_token, by_position = (
+        part.reshape(T, -1, D).swapaxes(0, 1) for part in target.split_by_source(lambda x: f(x).reshape(-1))
+    )
+    by_step_bias = target.due_to_biases(lambda model: f(target.x, model))
+    token, position, bias = target.direct()
+    parts = [by_token.reshape(-1, D), by_position.reshape(-1, D), by_step_bias, jnp.stack([token, position, bias])]
+    error = _cuts.error(target.whole, jnp.concatenate(parts))
+    return StepTokenDecomposition(token, position, by_token, by_position, by_step_bias, bias, target.whole, error)
+
+
+@functools.partial(jax.jit, static_argnames="slot")
+@exact
+def _by_head(
+    model: Transformer,
+    tokens: Array,
+    segments: Array | None,
+    at: Array,
+    station: Array,
+    index: Array,
+    number: Array,
+    *,
+    slot: tuple[int, int],
+) -> HeadDecomposition:
+    target = _target(model, tokens, segments, at, station)
+    by_head, bias = target.head_parts(model.layers.at(Place(*slot, index)), number)
+    by_head, bias, whole = (
+        target.carry(part, 2 * number) for part in (by_head, bias, target.walk.moves[2 * number, target.at])
+    )
+    parts = jnp.concatenate([by_head.reshape(-1, model.width), bias[None]])
+    return HeadDecomposition(by_head, bias, whole, _cuts.error(whole, parts))
+
+
+@functools.partial(jax.jit, static_argnames="slot")
+@exact
+def _by_neuron(
+    model: Transformer,
+    tokens: Array,
+    segments: Array | None,
+    at: Array,
+    station: Array,
+    index: Array,
+    number: Array,
+    *,
+    slot: tuple[int, int],
+) -> NeuronDecomposition:
+    target = _target(model, tokens, segments, at, station)
+    by_neuron, bias = target.neuron_parts(model.layers.at(Place(*slot, index)), number)
+    by_neuron, bias, whole = (
+        target.carry(part, 2 * number + 1) for part in (by_neuron, bias, target.walk.moves[2 * number + 1, target.at])
+    )
+    return NeuronDecomposition(by_neuron, bias, whole, _cuts.error(whole, jnp.concatenate([by_neuron, bias[None]])))

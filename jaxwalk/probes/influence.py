@@ -1,0 +1,147 @@
+"""Influence maps: how far moving each token vector moves each context vector."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxwalk._loops import map_in_batches
+from jaxwalk.aggregates._contract import Documents, documents_of
+from jaxwalk.filters import indices
+from jaxwalk.model.build import plain
+from jaxwalk.model.inputs import Segments, Tokens, prepare
+from jaxwalk.model.layer import Layer
+from jaxwalk.model.mixing import Mixer
+from jaxwalk.model.stack import Place
+from jaxwalk.model.transformer import Transformer
+
+BLOCKS = 8
+"""Blocks of rows, each of which is differentiated over the path up to its end only: 9/16 of the work of one block."""
+TOGETHER = 1 << 21
+"""About how many numbers the arrays of the backward passes that run together may have: what caches hold."""
+JACOBIANS = 1 << 28
+"""How many numbers the Jacobians of the filter steps may have; with more, filters are differentiated as they are."""
+
+
+def context_sensitivity(model: Transformer, tokens: Tokens, segments: Segments | None = None) -> Float[Array, "T T"]:
+    """|d c_t / d token vector_j| in the Frobenius norm, row t, column j: how far moving a token moves each context.
+
+    Exact, by reverse mode: T x D backward passes, each over the path up to the end of its block of rows, some directions
+    at a time, in memory bounded by `TOGETHER` and `JACOBIANS`. Above the diagonal it is exactly zero. It is the size of
+    a local derivative, and no share of anything: rows do not sum to a whole.
+
+    Args:
+        model: the model.
+        tokens: [T], the path.
+        segments: [T], the document of each position.
+
+    Raises:
+        ValueError: for tokens that are no path of the model.
+    """
+    path = prepare(model, tokens, segments)
+    return path.cut(path.cut(_sensitivity(model, path.tokens, path.count, path.segments), 1))
+
+
+@jax.jit
+def _sensitivity(model: Transformer, tokens: Array, count: Array, segments: Array | None) -> Array:
+    T, model = len(tokens), plain(model)
+    below = dataclasses.replace(model, layers=model.layers.all_but_last()) if model.depth else model
+    filters = _linear_filters(below, tokens, segments)
+    size = -(-T // max(1, min(BLOCKS, T // 4)))
+
+    def block(start: int) -> Callable[[], Array]:
+        end = min(start + size, T)
+        documents = documents_of(None if segments is None else segments[:end], end)
+        cut = jax.tree.map(lambda a: a[:, :end], filters)
+        rows = jnp.minimum(start + indices(size), T - 1)
+        return lambda: jnp.pad(_rows(model, below, tokens[:end], documents, cut, rows, count), ((0, 0), (0, T - end)))
+
+    # A switch in a loop, so that the memory of one block is free for the next.
+    blocks = [block(start) for start in range(0, T, size)]
+    rows = lax.map(lambda n: lax.switch(n, blocks), indices(len(blocks))).reshape(-1, T)[:T]
+    return jnp.where(model.missing(tokens, documents_of(segments, T))[:, None], jnp.nan, rows)
+
+
+def _rows(
+    model: Transformer,
+    below: Transformer,
+    tokens: Array,
+    documents: Documents,
+    filters: Any,
+    rows: Array,
+    count: Array,
+) -> Array:
+    """The stated rows; zeros for those from `count` on."""
+    T, D, dtype = len(tokens), model.width, model.embed.table.dtype
+    first = below.embedded(tokens, documents)
+    x, pull_below = jax.vjp(lambda x: _through(below, x, documents, filters), first)
+    passes = -(-D // max(1, min(64, TOGETHER // (T * max(4 * T, D)))))  # as with four heads
+    together = -(-D // passes)
+
+    def row(t: Array) -> Array:
+        pull_last = jax.vjp(lambda x: _context(model, x, t, documents), x)[1]
+
+        def add(squares: Array, directions: Array) -> tuple[Array, None]:
+            (pulled,) = jax.vmap(pull_last, out_axes=1)(jax.nn.one_hot(directions, D, dtype=dtype))
+            (pulled,) = jax.vmap(pull_below, 1, 1)(pulled)
+            return squares + jnp.sum(pulled**2, axis=(1, 2)), None
+
+        directions = indices(passes * together).reshape(passes, together)
+        return jnp.sqrt(lax.scan(add, jnp.zeros(T, dtype), directions)[0])
+
+    return lax.map(lambda t: lax.cond(t < count, row, lambda t: jnp.zeros(T, dtype), t), rows)
+
+
+def _through(model: Transformer, x: Array, documents: Documents, filters: Any) -> Array:
+    """The stream after all layers; the derivatives of filter steps are those of `filters`, if there are any."""
+    mixer = Mixer(model.layers, documents)
+
+    def body(layer: Layer, place: Place, x: Array, linear: Any) -> tuple[Array, None]:
+        def filter_step(source: Array) -> Array:
+            if linear is None:
+                return layer.filtered(source)
+            value, jacobian = linear
+            return value + jnp.einsum("tij,tj->ti", jacobian, source - lax.stop_gradient(source))
+
+        combine = lambda aggregate, h: mixer.combine(aggregate, h, place, None, {})
+        return layer(x, combine, filter_step=filter_step).stations[1], None
+
+    return model.layers.scan(body, x, None if filters is None else model.layers.split(filters))[0]
+
+
+def _context(model: Transformer, x: Float[Array, "T D"], t: Array, documents: Documents) -> Float[Array, " D"]:
+    """The context vector at t, from the stream before the last layer: of that layer, one row."""
+    if not model.depth:
+        return model.context(x[t])
+    layer = model.layers[-1]
+    y = layer.aggregate.at(layer.step_input(x, layer.aggregate_norm), t, documents)
+    return model.context(layer(x[t][None], lambda aggregate, h: (y[None], None)).stations[1, 0])
+
+
+def _linear_filters(model: Transformer, tokens: Array, segments: Array | None) -> Any:
+    """The values [L, T, D] and Jacobians [L, T, D, D] of the filter steps of this path; None if they are too large.
+
+    An MLP of 4 D neurons has 8 D^2 weights, each of which a cotangent would meet: with T x D of them, that is most of
+    the work, and the Jacobian has been paid for by the first D.
+    """
+    if not model.depth or model.depth * len(tokens) * model.width**2 > JACOBIANS:
+        return None
+    walk = model.walked(tokens, segments)
+
+    def body(layer: Layer, place: Place, carry: None, args: Any) -> tuple[None, Any]:
+        before, after_aggregate, value = args
+        source = layer.filter_source(before, after_aggregate)
+        return None, (value, map_in_batches(functools.partial(_filter_jacobian, layer), source, 16))
+
+    per_layer = model.layers.split((walk.stations[:-1:2], walk.stations[1::2], walk.moves[1::2]))
+    return model.layers.join(model.layers.scan(body, None, per_layer)[1])
+
+
+def _filter_jacobian(layer: Layer, x: Float[Array, " D"]) -> Float[Array, "D D"]:
+    pull = jax.vjp(lambda x: layer.filtered(x[None])[0], x)[1]
+    return map_in_batches(lambda c: pull(c)[0], jnp.eye(len(x), dtype=x.dtype), 64)
