@@ -14,7 +14,7 @@ as JAX's own products do, so that `exact` functions stay exact inside a caller's
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _rows_p = Primitive("rows_times_matrix")
 
@@ -31,18 +31,18 @@ FEW_ROWS = 32
 """Below this many rows, on CPU, the product with a matrix stored by columns is computed transposed."""
 
 
-def exact(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def exact(function: Function) -> Function:
     """`function`, traced with every matrix product at the highest precision: float32 products on TPU and GPU too.
 
     Apply it below `jax.jit`, so that it takes effect while tracing.
     """
 
     @functools.wraps(function)
-    def traced(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def traced(*args: Any, **kwargs: Any) -> Any:
         with jax.default_matmul_precision("highest"):
             return function(*args, **kwargs)
 
-    return traced
+    return traced  # type: ignore[return-value]
 
 
 def times(x: Float[Array, " D"], w: Float[Array, "D E"]) -> Float[Array, " E"]:

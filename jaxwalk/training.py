@@ -158,7 +158,8 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (arXiv 1711.05101), which decays what each module declares in `decays`."""
+    """Clipping by the global norm, then AdamW (arXiv 1711.05101), which decays what each module declares in
+    `decays`."""
     adamw = optax.adamw(
         schedule(config, steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
     )
@@ -169,7 +170,7 @@ def decay_mask(model: Any) -> Any:
     """Which leaves of a model weight decay applies to: those of the fields that their module names in `decays`."""
 
     def of_module(module: Any) -> Any:
-        declared = getattr(module, "decays", frozenset())
+        declared: frozenset[str] = getattr(module, "decays", frozenset())
         leaves, structure = jax.tree_util.tree_flatten_with_path(
             module, is_leaf=lambda node: _is_submodule(node, module)
         )

@@ -28,6 +28,7 @@ with install_import_hook("jaxwalk", "beartype.beartype(conf=beartype.BeartypeCon
     import jaxwalk.model
     import jaxwalk.paths
     import jaxwalk.probes
+    from jaxwalk.model.layout import apart, stacked
 
     for _name in jw.aggregates.names():
         jw.aggregates.config_class(_name)
@@ -74,9 +75,10 @@ def perturbed(tree, scale=0.4, seed=1):
 
     def leaf(path, a):
         mean = 1.0 if getattr(path[-1], "name", "") == "scale" else 0.0
-        return jnp.asarray(rng.normal(mean, scale, a.shape), a.dtype)
+        return rng.normal(mean, scale, a.shape).astype(a.dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+    separate = jax.tree_util.tree_map_with_path(leaf, apart(tree))  # so that it does not matter how layers are stacked
+    return jax.tree.map(jnp.asarray, stacked(tree, separate))
 
 
 def normal(seed, *shape):

@@ -561,29 +561,26 @@ def test_the_chunk_is_no_matter_and_decays_may_be_0_and_1(kind, x64):
     g[4], g[7], g[8], g[9, 0] = 0, -np.inf, -1e5, -np.inf
     g = jnp.array(g)
 
-    def steps(q, k, g, beta, v):
-        def step(S, at):
-            return _linear.forward(S, *at)
-
-        S, y = jax.lax.scan(step, jnp.zeros((K, V)), (q, k, g, beta, v))
+    def steps(c, v):
+        S, y = jax.lax.scan(lambda S, at: _linear.forward(S, *at), jnp.zeros((K, V)), (c, v))
         return y, S
 
-    def loss(form, *given):
-        y, S = form(*given)
+    def loss(c, v, form):
+        y, S = form(c, v)
         return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(S)), (y, S)
 
     def run(form):
-        arguments = tuple(range(1, 6) if beta is not None else (1, 2, 3, 5))
-        grad = jax.value_and_grad(loss, arguments, has_aux=True)
-        (_, out), slopes = jax.jit(grad, static_argnums=0)(form, q, k, g, beta, v)
+        grad = jax.value_and_grad(functools.partial(loss, form=form), (0, 1), has_aux=True)
+        (_, out), slopes = jax.jit(grad)(c, v)
         return out, slopes
 
+    c = _linear.Coefficients(q, k, g, beta)
     reference = run(steps)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(reference))
     for chunk in (1, 4, 64):
         got = run(functools.partial(_linear.chunked, chunk=chunk))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, reference)
-    A = _linear.backward(jnp.arange(N), q, k, g, beta)
+    A = _linear.backward(jnp.arange(N), c)
     np.testing.assert_allclose(A @ v, reference[0][0], atol=1e-12)
     if "channel" not in kind:
         assert not np.array(A)[7:, :7].any()  # a decay of 0 forgets everything

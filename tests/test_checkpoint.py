@@ -13,10 +13,10 @@ import pytest
 
 import jaxwalk as jw
 from jaxwalk import checkpoint, training
-from jaxwalk.model import unrolled
-from jaxwalk.model.layout import apart, path_of, stacked, stored_paths
 from jaxwalk.checkpoint import CheckpointError, Run
 from jaxwalk.config import CheckpointConfig, ConfigError, MeshConfig
+from jaxwalk.model import unrolled
+from jaxwalk.model.layout import apart, path_of, stacked, stored_paths
 from tests.test_training import small
 
 DATA = Path(__file__).parent / "data"
@@ -45,7 +45,9 @@ def test_any_tree_survives_as_plain_dicts():
     separate = apart(state)
     nested = checkpoint.to_dicts(separate)
     assert set(nested["model"]["layers"]) == {"0"}
-    np.testing.assert_array_equal(nested["model"]["layers"]["0"]["filter"]["up"]["weight"], model.layers[0].filter.up.weight)
+    np.testing.assert_array_equal(
+        nested["model"]["layers"]["0"]["filter"]["up"]["weight"], model.layers[0].filter.up.weight
+    )
     again = stacked(state, checkpoint.from_dicts(separate, nested))
     assert jax.tree.structure(again) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, again, state)

@@ -58,7 +58,7 @@ def test_facts_and_training_are_those_of_the_runs(runs, compared):
         model = run.model()
         assert facts["parameters"].cells[number].value == sum(a.size for a in jax.tree.leaves(model))
         state = jw.init_state(model, model.max_length)
-        carried = sum(a.size for a in jax.tree.leaves(state.layers) if a.ndim)
+        carried = sum(a.size for a in jax.tree.leaves(state.memory))
         assert facts["state at the longest path"].cells[number].value == carried
         scores = [row for row in read_metrics(folder / "metrics.jsonl") if "eval_loss" in row]
         assert trained["held-out loss"].cells[number].value == scores[-1]["eval_loss"]

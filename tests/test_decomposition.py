@@ -10,8 +10,8 @@ import pytest
 from jaxtyping import Array, Float
 
 import jaxwalk as jw
-from jaxwalk.probes import decomposition as d
 from jaxwalk.filters import module
+from jaxwalk.probes import decomposition as d
 from tests.conftest import float64, model_of, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")

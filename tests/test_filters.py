@@ -10,7 +10,7 @@ import pytest
 from scipy.special import erf
 
 from jaxwalk import filters as f
-from jaxwalk._products import FEW_ROWS, exact, times, times_columns
+from jaxwalk._products import FEW_ROWS, times, times_columns
 from tests.conftest import float64, normal, perturbed, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")

@@ -165,7 +165,7 @@ BLOCKS = {
 def test_context_sensitivity_in_blocks_of_rows(case, packed, monkeypatch):
     """However the work is cut up: blocks of 5 rows, the last of 2."""
     choices, constants = BLOCKS[case]
-    for name, value in constants.items():
+    for name, value in ({"LONG": 0} | constants).items():
         monkeypatch.setattr(influence, name, value)
     tokens = np.arange(34, dtype=np.int32).reshape(2, 17) % 5
     segments = jnp.asarray(np.arange(17, dtype=np.int32) // 7 + 1) if packed else None

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 import jaxwalk as jw
 from jaxwalk import training
-from jaxwalk.model.layout import apart, path_of
 from jaxwalk.config import (
     CheckpointConfig,
     ConfigError,
@@ -31,6 +30,7 @@ from jaxwalk.config import (
     WorldData,
     to_dict,
 )
+from jaxwalk.model.layout import apart, path_of
 
 ROOT = Path(__file__).parent.parent
 

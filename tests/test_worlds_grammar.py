@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+import jaxwalk as jw
 from jaxwalk import analyses, training, worlds
 from jaxwalk.analyses import NotApplicable, Subject
 from jaxwalk.config import CheckpointConfig, TrainConfig, WorldData
@@ -329,7 +330,7 @@ def test_training_resolves_and_evaluates_on_every_kind_of_world(name):
     config = TrainConfig(
         name="test",
         data=WorldData(name, params),
-        model=training.transformer.ModelConfig(vocab_size=world.vocab_size, max_length=6, width=16, depth=1),
+        model=jw.ModelConfig(vocab_size=world.vocab_size, max_length=6, width=16, depth=1),
         checkpoint=CheckpointConfig(),
         batch_size=16,
         eval_batches=1,

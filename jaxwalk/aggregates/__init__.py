@@ -1,6 +1,7 @@
 """Aggregates: how positions are combined. One file each, found by its name; one contract, `Aggregate`.
 
-A file `foo.py` here defines `Config`, an `AggregateConfig` with `name = "foo"`, whose `init` returns the module. Nothing
+A file `foo.py` here defines `Config`, an `AggregateConfig` with `name = "foo"`, whose `init` returns the module.
+Nothing
 else is needed to add one: the tests discover it and hold it to every law of the contract. The file may be in any folder
 that is appended to `jaxwalk.aggregates.__path__`.
 

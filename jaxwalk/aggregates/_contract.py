@@ -248,7 +248,7 @@ def put(cache: Float[Array, "G N K"], slot: Int[Array, ""], value: Float[Array, 
     return cache.at[:, slot].set(value, mode="drop", wrap_negative_indices=False)
 
 
-def last(sequence: Num[Array, "T *n"], count: Count) -> Num[Array, "*n"]:
+def last(sequence: Num[Array, " T *n"], count: Count) -> Num[Array, "*n"]:
     """The element at the last of the first `count` positions (at the last position if None)."""
     return sequence[-1] if count is None else sequence[count - 1]
 

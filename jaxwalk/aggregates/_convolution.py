@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxwalk.aggregates._contract import Count, Segments, documents_of
 from jaxwalk.filters import Key, indices, module
@@ -53,7 +53,8 @@ class ShortConvolution(nnx.Module):
         return seen[:-1], y if self.bias is None else y + self.bias
 
     def through(self, A: Float[Array, "E R T"], segments: Segments = None) -> Float[Array, "E R T"]:
-        """A times the matrix of this convolution: how rows of A, channel by channel, combine the convolution's inputs."""
+        """A times the matrix of this convolution: how rows of A, channel by channel, combine the convolution's
+        inputs."""
         total = jnp.zeros_like(A)
         for n, tap in enumerate(self.weight[: A.shape[-1]].astype(A.dtype)):
             # The weight of position j + n in A reaches input j through tap n.

@@ -41,7 +41,8 @@ class DeltaConfig(LinearConfig):
 
 @module
 class DeltaRule(LinearAggregate):
-    """S_i = d_i (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, b = sigmoid(beta(x)), q and k of length 1 after a swish."""
+    """S_i = d_i (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, b = sigmoid(beta(x)), q and k of length 1 after a
+    swish."""
 
     reads = frozenset({"qkv", "beta"})
 
@@ -95,7 +96,7 @@ class ConvolvedDeltaRule(DeltaRule):
         self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "G R T"]:
         c, v = self._convolved(x, self.conv(jax.vmap(self.qkv)(x), documents))
-        A = jax.vmap(functools.partial(backward, rows))(*c.delimited(documents))
+        A = jax.vmap(functools.partial(backward, rows))(c.delimited(documents))
         A = A[:, None] * jax.nn.sigmoid(v).transpose(0, 2, 1)[:, :, None]
         conv_of_values = ShortConvolution(self.conv.weight[:, self._keys :], None)
         return conv_of_values.through(A.reshape(-1, *A.shape[2:]), documents)
@@ -112,7 +113,7 @@ class ConvolvedDeltaRule(DeltaRule):
         entering = jax.vmap(self.qkv)(x)
         c, v = self._convolved(x, self.conv(entering, documents))
         c, gate = held((c.delimited(documents, count), jax.nn.sigmoid(v)), hold)
-        y, S = jax.vmap(functools.partial(chunked, chunk=self.chunk))(*c, gate * v)
+        y, S = jax.vmap(functools.partial(chunked, chunk=self.chunk))(c, gate * v)
         return self._read(y, x, hold), ConvolvedMemory(self.conv.memory_after(entering, count), S)
 
     def init_memory(self, length: int) -> Any:
@@ -121,5 +122,5 @@ class ConvolvedDeltaRule(DeltaRule):
     def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
         inputs, convolved = self.conv.step(memory.inputs, self.qkv(x))
         c, v = self._convolved(x[None], convolved[None])
-        S, y = jax.vmap(forward)(memory.S, *jax.tree.map(lambda a: a[:, 0], (*c, jax.nn.silu(v))))
+        S, y = jax.vmap(forward)(memory.S, *jax.tree.map(lambda a: a[:, 0], (c, jax.nn.silu(v))))
         return ConvolvedMemory(inputs, S), self._read(y[:, None], x[None])[0]

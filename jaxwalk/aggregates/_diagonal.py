@@ -94,7 +94,8 @@ def rows_read(
     at: Any,
     reads: Num[Array, "R N *n"],
 ) -> Num[Array, " T R *n"]:
-    """`rows_of` for the states of `recur_and_read`, summed over the state axis: decay_t and writes_t are parts(at_t)."""
+    """`rows_of` for the states of `recur_and_read`, summed over the state axis: decay_t and writes_t are
+    parts(at_t)."""
 
     def back(carried: Array, source: tuple[Array, Any]) -> tuple[Array, Array]:
         j, at = source

@@ -127,14 +127,14 @@ class LinearAggregate(Aggregate):
         self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "G R T"]:
         c = self.coefficients(x, documents.position).delimited(documents)
-        return jax.vmap(functools.partial(backward, rows))(*c)
+        return jax.vmap(functools.partial(backward, rows))(c)
 
     def parallel(
         self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
     ) -> tuple[Float[Array, "T D"], Any]:
         c = held(self.coefficients(x, documents.position).delimited(documents, count), hold)
         v = self.state_input(self.values(x, hold=hold).astype(c.q.dtype))
-        y, S = jax.vmap(functools.partial(chunked, chunk=self.chunk))(*c, v)
+        y, S = jax.vmap(functools.partial(chunked, chunk=self.chunk))(c, v)
         return self.readout(self.combined(y, hold=hold).astype(x.dtype), x, hold=hold), S
 
     def init_memory(self, length: int) -> Any:
@@ -145,7 +145,7 @@ class LinearAggregate(Aggregate):
     def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
         c = self.coefficients(x[None], position[None])
         v = self.state_input(self.values(x[None]).astype(c.q.dtype))
-        S, y = jax.vmap(forward)(memory, *jax.tree.map(lambda a: a[:, 0], (*c, v)))
+        S, y = jax.vmap(forward)(memory, *jax.tree.map(lambda a: a[:, 0], (c, v)))
         return S, self.readout(self.combined(y[:, None]).astype(x.dtype), x[None])[0]
 
 
@@ -165,49 +165,37 @@ def direction(x: Float[Array, "*n K"]) -> Float[Array, "*n K"]:
     return x * lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
 
 
-# The three algorithms, for one head. Without the delta rule `beta` is None.
+# The three algorithms, for one head: coefficients [T, ...], or those of one position.
 
 
-def forward(
-    S: Float[Array, "K V"],
-    q: Float[Array, " K"],
-    k: Float[Array, " K"],
-    log_decay: Float[Array, " E"],
-    beta: Float[Array, " 1"] | None,
-    v: Float[Array, " V"],
-) -> tuple[Float[Array, "K V"], Float[Array, " V"]]:
-    """One position: the next state, and what the query reads from it."""
-    S = jnp.exp(log_decay)[:, None] * S
-    u = v if beta is None else beta * (v - k @ S)
-    S = S + k[:, None] * u[None]
-    return S, q @ S
+def forward(S: Float[Array, "K V"], c: Coefficients, v: Float[Array, " V"]) -> tuple[Array, Array]:
+    """One position: the next state [K, V], and what the query reads from it [V]."""
+    S = jnp.exp(c.log_decay)[:, None] * S
+    u = v if c.beta is None else c.beta * (v - c.k @ S)
+    S = S + c.k[:, None] * u[None]
+    return S, c.q @ S
 
 
-def backward(
-    rows: Int[Array, " R"],
-    q: Float[Array, "T K"],
-    k: Float[Array, "T K"],
-    log_decay: Float[Array, "T E"],
-    beta: Float[Array, "T 1"] | None,
-) -> Float[Array, "R T"]:
+def backward(rows: Int[Array, " R"], c: Coefficients) -> Float[Array, "R T"]:
     """Rows of A by the transposed recurrence, which carries each row's query back to the keys. Memory R (K + T)."""
-    queries = q[rows]
+    queries = c.q[rows]
 
-    def back(r: Array, source: tuple[Array, Array, Array, Array | None]) -> tuple[Array, Array]:
-        j, k, log_decay, beta = source
+    def back(r: Array, source: tuple[Array, Coefficients]) -> tuple[Array, Array]:
+        j, at = source
         r = jnp.where((rows == j)[:, None], queries, r)
-        a = r @ k
-        if beta is not None:
-            a = a * beta
-            r = r - a[:, None] * k[None]
-        return r * jnp.exp(log_decay)[None], a
+        a = r @ at.k
+        if at.beta is not None:
+            a = a * at.beta
+            r = r - a[:, None] * at.k[None]
+        return r * jnp.exp(at.log_decay)[None], a
 
-    sources = jnp.arange(len(q), dtype=rows.dtype), k, log_decay, beta
+    sources = jnp.arange(len(c.q), dtype=rows.dtype), c
     return lax.scan(back, jnp.zeros_like(queries), sources, reverse=True)[1].T
 
 
 class Chunk(NamedTuple):
-    """A chunk of C positions as a map of the state S before it: u = inputs - forgets @ S, y = reads @ S + scores @ u."""
+    """A chunk of C positions as a map of the state S before it: u = inputs - forgets @ S, y = reads @ S + scores @
+    u."""
 
     scores: Float[Array, "C C"]
     reads: Float[Array, "C K"]
@@ -217,16 +205,9 @@ class Chunk(NamedTuple):
     decay: Float[Array, " E"]
 
 
-def chunked(
-    q: Float[Array, "T K"],
-    k: Float[Array, "T K"],
-    log_decay: Float[Array, "T E"],
-    beta: Float[Array, "T 1"] | None,
-    v: Float[Array, "T V"],
-    chunk: int,
-) -> tuple[Float[Array, "T V"], Float[Array, "K V"]]:
+def chunked(c: Coefficients, v: Float[Array, "T V"], *, chunk: int) -> tuple[Float[Array, "T V"], Float[Array, "K V"]]:
     """All positions, and the state after them: quadratic within chunks of `chunk` positions, a scan across them."""
-    T = len(q)
+    T, V = v.shape
     C = max(1, min(chunk, T))
 
     def cut(a: Array) -> Array:
@@ -237,13 +218,13 @@ def chunked(
         u = c.inputs if c.forgets is None else c.inputs - c.forgets @ S
         return c.decay[:, None] * S + c.writes.T @ u, c.reads @ S + c.scores @ u
 
-    parts = jax.tree.map(cut, (q, k, log_decay, beta, v))
-    S, y = lax.scan(advance, jnp.zeros((q.shape[-1], v.shape[-1]), q.dtype), jax.vmap(_chunk)(*parts))
-    return y.reshape(-1, v.shape[-1])[:T], S
+    chunks = jax.vmap(_chunk)(*jax.tree.map(cut, (c, v)))
+    S, y = lax.scan(advance, jnp.zeros((c.q.shape[-1], V), c.q.dtype), chunks)
+    return y.reshape(-1, V)[:T], S
 
 
-def _chunk(q: Array, k: Array, log_decay: Array, beta: Array | None, v: Array) -> Chunk:
-    C = len(q)
+def _chunk(c: Coefficients, v: Array) -> Chunk:
+    (q, k, log_decay, beta), C = c, len(v)
     later = jnp.tri(C, k=-1, dtype=bool)  # [i, j]: i > j
     # [i, j]: the sum over i >= m > j.
     spans = jnp.cumsum(jnp.where(later[:, :, None], log_decay[:, None], 0), axis=0)

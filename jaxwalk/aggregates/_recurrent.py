@@ -1,8 +1,8 @@
 """Gated recurrent networks: gates that read the past of the network, and the mixing matrix they make.
 
 Channel by channel s_i = keep_i s_(i-1) + write_i v_i and h_i = read_i s_i, where gates and candidates v_i are
-functions of x_i and h_(i-1). So h = A v with A_ij = read_i (product of keep over j < m <= i) write_j. That is an identity,
-but v is not a function of one position: hence the kind "conditional".
+functions of x_i and h_(i-1). So h = A v with A_ij = read_i (product of keep over j < m <= i) write_j. That is an
+identity, but v is not a function of one position: hence the kind "conditional".
 """
 
 import abc

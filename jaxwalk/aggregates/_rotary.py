@@ -62,4 +62,4 @@ def rotate(
     cos, sin = (gain * jnp.cos(angles))[None], (gain * jnp.sin(angles))[None]
     first, second = jnp.split(x[..., : 2 * F].astype(dtype), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * F == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * F :]], axis=-1)
+    return turned if x.shape[-1] == 2 * F else jnp.concatenate([turned, x[..., 2 * F :]], axis=-1)

@@ -1,6 +1,7 @@
 """State space models: their discretisation, their initialisation, and their gated output.
 
-A diagonal state h_n' = lambda_n h_n + (B u)_n of complex numbers, of which one per conjugate pair is stored, advances in
+A diagonal state h_n' = lambda_n h_n + (B u)_n of complex numbers, of which one per conjugate pair is stored, advances
+in
 steps of length dt: h_i = exp(dt lambda) h_(i-1) + (exp(dt lambda) - 1) / lambda * B u_i (zero-order hold).
 """
 

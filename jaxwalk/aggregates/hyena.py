@@ -77,9 +77,9 @@ class Filters(nnx.Module):
     def init(order: int, channels: int, max_length: int, config: Config, *, key: Key) -> "Filters":
         """Uniform weights, as in SIREN (Sitzmann et al., arXiv 2006.09661), and biases; the last layer has no bias.
 
-        The paper has sin(omega a) throughout. Here omega is part of the initial weights of the first layer: filters vary
-        as quickly, but rounding errors of weights are not amplified by omega in each layer, which bfloat16 could not
-        represent.
+        The paper has sin(omega a) throughout. Here omega is part of the initial weights of the first layer: filters
+        vary as quickly, but rounding errors of weights are not amplified by omega in each layer, which bfloat16 could
+        not represent.
 
         The last layer is scaled so that an initial filter has an energy of about one for any number of lags. In the
         released code the energy grows with their number, and the output with its root to the power of the order.

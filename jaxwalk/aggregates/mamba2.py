@@ -22,7 +22,8 @@ from jaxwalk.filters import Linear, activate, held, module, wide
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """State space duality, with the paper's choices, except that the number of heads is given instead of their width."""
+    """State space duality, with the paper's choices, except that the number of heads is given instead of their
+    width."""
 
     name: ClassVar[str] = "mamba2"
     expand: int = 2
@@ -137,7 +138,7 @@ class Mamba2(Aggregate):
     ) -> Float[Array, "G R T"]:
         convolved = self.conv(jax.vmap(self.mixed)(x), documents)
         c = self._select(x, jax.nn.silu(convolved))[0].delimited(documents)
-        A = jax.vmap(functools.partial(backward, rows))(*c)
+        A = jax.vmap(functools.partial(backward, rows))(c)
         A = A + self.skip.astype(A.dtype)[:, None, None] * jax.nn.one_hot(rows, len(x), dtype=A.dtype)[None]
         gate = jax.nn.sigmoid(convolved[:, : self._channels].astype(A.dtype)).T
         A = jnp.repeat(A, self._channels // len(A), axis=0) * gate[:, None]
@@ -172,7 +173,7 @@ class Mamba2(Aggregate):
         v = jax.vmap(self.mixed)(x)
         c, u = self._select(x, activate(self.conv(v, documents), "silu", hold))
         c = held(c.delimited(documents, count), hold)
-        y, S = jax.vmap(functools.partial(chunked, chunk=self.chunk))(*c, u)
+        y, S = jax.vmap(functools.partial(chunked, chunk=self.chunk))(c, u)
         return self._read(y, u, x, hold), Memory(self.conv.memory_after(v, count), S)
 
     def init_memory(self, length: int) -> Any:
@@ -183,7 +184,7 @@ class Mamba2(Aggregate):
     def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
         inputs, convolved = self.conv.step(memory.inputs, self.mixed(x))
         c, u = self._select(x[None], jax.nn.silu(convolved)[None])
-        S, y = jax.vmap(forward)(memory.S, *jax.tree.map(lambda a: a[:, 0], (*c, u)))
+        S, y = jax.vmap(forward)(memory.S, *jax.tree.map(lambda a: a[:, 0], (c, u)))
         return Memory(inputs, S), self._read(y[:, None], u, x[None])[0]
 
 

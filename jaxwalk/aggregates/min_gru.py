@@ -47,8 +47,8 @@ class MinGRU(Aggregate):
     """h_i = (1 - z_i) h_(i-1) + z_i v_i, z = sigmoid(gate(x)), v = value(x), in each channel, then `out`.
 
     A_ij = (1 - z_i) ... (1 - z_(j+1)) z_j. Kind of A: exact. G is the channels; the memory is h, in at least float32.
-    With `positive`, v = g(value(x)) with g(a) = a + 1/2 for a >= 0 and sigmoid(a) below, which is s(a) a + 1/2 with s = 1
-    or tanh(a/2) / 2a; s is held. The 1/2 is a parameter, because only parameters have a part of their own in a
+    With `positive`, v = g(value(x)) with g(a) = a + 1/2 for a >= 0 and sigmoid(a) below, which is s(a) a + 1/2 with s
+    = 1 or tanh(a/2) / 2a; s is held. The 1/2 is a parameter, because only parameters have a part of their own in a
     decomposition. The paper sums logarithms in this case, for stability; nothing is lost here without them, as no
     product of decays is divided by. The convolution that the paper's language models put before it is left out.
     """

@@ -47,8 +47,8 @@ class RWKV4ChannelMix(Aggregate):
 
     It looks back by one position, which makes it an aggregate. Kind of A: exact. All that passes between positions is
     the token shift: G is the channels of r, then those of k, the values are the inputs themselves, and A has the share
-    on its diagonal and the rest one position back, the same for all inputs. The MLP is the readout. Held, besides A, are
-    sigmoid(receptance(r)) and the gate of the square, relu(up(k)). The memory is the previous input.
+    on its diagonal and the rest one position back, the same for all inputs. The MLP is the readout. Held, besides A,
+    are sigmoid(receptance(r)) and the gate of the square, relu(up(k)). The memory is the previous input.
 
     Shares are initialised as in the paper, which initialises the matrices of the receptance and `down` to zero; here
     they are initialised like all others.

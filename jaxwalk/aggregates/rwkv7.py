@@ -29,8 +29,8 @@ class Config(AggregateConfig):
     name: ClassVar[str] = "rwkv7"
     heads: int = 4
     rank: int | None = None
-    """Rank of the maps to decays and learning rates; by default about 2.5 sqrt(width), at least 32, as in the paper, and
-    at most the width."""
+    """Rank of the maps to decays and learning rates; by default about 2.5 sqrt(width), at least 32, as in the paper,
+    and at most the width."""
     gate_rank: int | None = None
     """Rank of the map to the gate; by default twice as much, likewise."""
     chunk: int = 16
@@ -124,8 +124,8 @@ class RWKV7(Aggregate):
     the learning rate; c = removal * key(x), divided by its length in each head, is the direction whose old value is
     removed, and k = key(x) * (1 + (a - 1) * replacement) the one that the new value is written by; r = receptance(x),
     v = value(x). The output is out(g * (LayerNorm(y) + (r . (bonus * k)) v)), the norm and the bonus head by head, with
-    the gate g = gate_up(sigmoid(gate(x))). In place of x each of r, w, k, v, a and g takes a mix x_i + share * (x_(i-1) -
-    x_i), with its own shares ("token shift").
+    the gate g = gate_up(sigmoid(gate(x))). In place of x each of r, w, k, v, a and g takes a mix x_i + share *
+    (x_(i-1) - x_i), with its own shares ("token shift").
 
     Kind of A: exact. G is 5 times the heads: value((1 - share) * x_j) with A_ij = r_i^T (transitions after j up to i)
     k_j; value(share * x_j) with that A moved back by a position; the same two values with the bonus on the diagonal,
@@ -255,7 +255,8 @@ def backward(rows: Int[Array, " R"], first: Bool[Array, " T"], c: Coefficients) 
 
 
 class Chunk(NamedTuple):
-    """A chunk of C positions as a map of the state S before it: y = reads @ S + direct, and S <- carries @ S + writes."""
+    """A chunk of C positions as a map of the state S before it: y = reads @ S + direct, and S <- carries @ S +
+    writes."""
 
     reads: Float[Array, "C K"]
     direct: Float[Array, "C V"]

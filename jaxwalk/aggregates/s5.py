@@ -65,8 +65,9 @@ class S5(StateSpace):
     """h' = lambda h + B u in steps dt with a zero-order hold, y_i = 2 Re(C h_i) + D u_i, for conjugate pairs.
 
     lambda = -exp(log_neg_re) + i im is initialised to the eigenvalues of the normal part of HiPPO-LegS; dt =
-    exp(log_dt). The readout is the paper's g * sigmoid(gate(g)), g = GELU(y), which has no output map. G is the real and
-    imaginary parts of the numbers in the state, and pairs of channels of the direct term D u, whose A is the identity.
+    exp(log_dt). The readout is the paper's g * sigmoid(gate(g)), g = GELU(y), which has no output map. G is the real
+    and imaginary parts of the numbers in the state, and pairs of channels of the direct term D u, whose A is the
+    identity.
     Kind of A: exact, the same for all inputs. Held are the gates of the readout. The paper trains the real parts of
     lambda directly; their logarithms, trained here, keep them negative and the state stable.
     """

@@ -26,7 +26,7 @@ from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.analyses._statistics import batches, percentiles, resampled_means
 from jaxwalk.analyses._subject import Subject
 from jaxwalk.filters import Embed, LayerNorm, LearnedPositions, Linear, Norm, SinusoidalPositions, Unembed
-from jaxwalk.model import Layer, Transformer
+from jaxwalk.model import Layer, Layers, Transformer
 
 FLOATS = 1 << 20
 """How many log-probabilities are analysed in all: ranking them is what takes time."""
@@ -367,7 +367,7 @@ def rotate(model: Transformer, key: Array) -> Transformer:
     """
     D = model.width
     R = _rotation(D, key, fix_ones=_layer_norm(model))
-    layers = tuple(_rotate_layer(layer, R) for layer in model.layers)
+    layers = Layers.of([_rotate_layer(layer, R) for layer in model.layers])
 
     positions = model.positions
     if isinstance(positions, SinusoidalPositions):
@@ -429,9 +429,9 @@ def _rotate_layer(layer: Layer, R: np.ndarray) -> Layer:
             what: _rotate_maps(module, R, scale, bias),
         }
 
-    changes = part("aggregate", *layer.aggregate_norms, layer.aggregate)
+    changes = part("aggregate", layer.aggregate_norm, layer.aggregate_out_norm, layer.aggregate)
     if layer.filter is not None and layer.filter_norm is not None:
-        changes |= part("filter", *layer.filter_norms, layer.filter)  # type: ignore[arg-type]
+        changes |= part("filter", layer.filter_norm, layer.filter_out_norm, layer.filter)
     return dataclasses.replace(layer, **changes)
 
 
@@ -481,5 +481,10 @@ def _unit(norm: Norm) -> Norm:
 
 def _layer_norm(model: Transformer) -> bool:
     """Whether any norm of the stream is a LayerNorm."""
-    norms = [n for layer in model.layers for n in (*layer.aggregate_norms, *layer.filter_norms)]
+    norms = [
+        norm
+        for block in model.layers.blocks
+        for layer in block.period
+        for norm in (layer.aggregate_norm, layer.aggregate_out_norm, layer.filter_norm, layer.filter_out_norm)
+    ]
     return any(isinstance(norm, LayerNorm) for norm in (model.norm, *norms))

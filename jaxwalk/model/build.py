@@ -77,7 +77,7 @@ def _init_layers(config: ModelConfig, key: Key) -> Layers:
     for number, choice in enumerate(resolved_layers(config)):
         groups.setdefault(choice, []).append(number)
     stacked = {
-        choice: jax.vmap(functools.partial(_init_layer, config, *choice, key))(jnp.array(numbers, jnp.int32))
+        choice: jax.vmap(functools.partial(_init_layer, config, choice, key))(jnp.array(numbers, jnp.int32))
         for choice, numbers in groups.items()
     }
     if len(groups) == 1:
@@ -89,9 +89,8 @@ def _init_layers(config: ModelConfig, key: Key) -> Layers:
     return Layers.of([layers[number] for number in range(config.depth)])
 
 
-def _init_layer(
-    config: ModelConfig, aggregate: AggregateConfig, filter: MLPConfig | None, key: Key, number: Any
-) -> Layer:
+def _init_layer(config: ModelConfig, choice: tuple[AggregateConfig, MLPConfig | None], key: Key, number: Any) -> Layer:
+    aggregate, filter = choice
     key_aggregate, key_filter = jax.random.split(jax.random.fold_in(key, number))
     sandwich = config.placement == "sandwich"
     return Layer(

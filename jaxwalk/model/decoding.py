@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxwalk.aggregates._contract import Documents, documents_of
@@ -31,7 +32,7 @@ class State(NamedTuple):
 def init_state(model: Transformer, length: int) -> State:
     """The state before the first of at most `length` tokens. Raises ValueError for a length beyond max_length."""
     _check_length(model, length)
-    return _init_state(model, jnp.int32(length), _room(model, length))
+    return _init_state(model, np.int32(length), _room(model, length))
 
 
 @functools.partial(jax.jit, static_argnames="room")
@@ -52,7 +53,7 @@ def prefill(model: Transformer, tokens: Tokens, length: int) -> tuple[State, Flo
     path = prepare(model, tokens)
     _check_length(model, length, path.length)
     room = length if is_traced(model, path.tokens) else _room(model, length)
-    return _prefill(model, path.tokens, path.count, jnp.int32(length), room)
+    return _prefill(model, path.tokens, path.count, np.int32(length), room)
 
 
 @functools.partial(jax.jit, static_argnames="room")

@@ -4,8 +4,10 @@ Concrete arguments that are impossible raise ValueError. Traced ones cannot rais
 NaN from that position on.
 
 Called eagerly with paths of many lengths, a function would compile a program for each. As models are causal, padding on
-the right changes nothing before it, so an eager call pads its path to the next of a few lengths and cuts the result back.
-Calls with traced arguments, which are part of a larger program, use the exact length.
+the right changes nothing before it, so an eager call pads its path to the next of a few lengths and cuts the result
+back. Calls with traced arguments, which are part of a larger program, use the exact length.
+
+Concrete arguments stay on the host until a compiled program takes them: moving one by itself would compile a program.
 """
 
 from collections.abc import Sequence
@@ -53,8 +55,8 @@ def is_traced(*trees: Any) -> bool:
 # Checks.
 
 
-def check_tokens(model: Limits, tokens: Tokens, longest: int | None = None) -> Int[Array, " T"]:
-    """`tokens` as an int32 array.
+def check_tokens(model: Limits, tokens: Tokens, longest: int | None = None) -> Any:
+    """`tokens` as an int32 array, of numpy if they are concrete.
 
     Raises:
         ValueError: if they cannot be a path of this model: not a vector of at least one integer, more than `longest`
@@ -85,19 +87,20 @@ def check_tokens(model: Limits, tokens: Tokens, longest: int | None = None) -> I
             f"tokens: expected ids from 0 to {model.vocab_size - 1}, got {', '.join(map(str, wrong[:5]))}"
             f"{', ...' if wrong.size > 5 else ''}. Encode with the vocabulary that the model was trained with."
         )
-    return jnp.asarray(ids.astype(np.int32))
+    return ids.astype(np.int32)
 
 
-def check_token(model: Limits, token: Index) -> Int[Array, ""]:
+def check_token(model: Limits, token: Index) -> Any:
     """One id as an int32 scalar. Raises ValueError as `check_tokens` does."""
     if isinstance(token, jax.core.Tracer):
         return token.astype(jnp.int32)
     check_tokens(model, np.asarray(token)[None], longest=1)
-    return jnp.asarray(np.int32(np.asarray(token)))
+    return np.int32(np.asarray(token))
 
 
-def check_segments(segments: Segments | None, length: int) -> Int[Array, " T"] | None:
-    """`segments` as an int32 array. Raises ValueError unless they are `length` integers."""
+def check_segments(segments: Segments | None, length: int) -> Any:
+    """`segments` as an int32 array, of numpy if they are concrete, or None. Raises ValueError unless they are `length`
+    integers."""
     if segments is None:
         return None
     segments = segments if isinstance(segments, jax.Array) else np.asarray(segments)
@@ -108,7 +111,7 @@ def check_segments(segments: Segments | None, length: int) -> Int[Array, " T"] |
         )
     if isinstance(segments, jax.core.Tracer):
         return segments.astype(jnp.int32)
-    return jnp.asarray(np.asarray(segments).astype(np.int32))
+    return np.asarray(segments).astype(np.int32)
 
 
 def check_shape(what: str, array: Any, expected: tuple[int | None, ...]) -> None:
@@ -121,7 +124,7 @@ def check_shape(what: str, array: Any, expected: tuple[int | None, ...]) -> None
         raise ValueError(f"{what}: expected shape {readable} for this path, got {shape}.")
 
 
-def check_index(what: str, index: Index, size: int, *, from_end: bool = True) -> Int[Array, ""]:
+def check_index(what: str, index: Index, size: int, *, from_end: bool = True) -> Any:
     """`index` counted from 0; negative ones are counted from the end if `from_end`.
 
     Raises:
@@ -134,7 +137,7 @@ def check_index(what: str, index: Index, size: int, *, from_end: bool = True) ->
             raise ValueError(f"{what}: expected an integer, got {index!r}.")
         if not least <= number < size:
             raise ValueError(f"{what}: expected one from {least} to {size - 1}, got {number}.")
-        return jnp.asarray(np.int32(number % size))
+        return np.int32(number % size)
     index = index.astype(jnp.int32)
     return jnp.where((index >= least) & (index < size), index % size, -1)
 
@@ -150,12 +153,12 @@ def padded_length(length: int, longest: int) -> int:
     return max(length, min(size, longest))
 
 
-def pad(array: Any, size: int, axis: int = 0) -> Array:
-    """A concrete array, with zeros after its end along `axis`. It is padded on the host, which compiles nothing."""
+def pad(array: Any, size: int, axis: int = 0) -> np.ndarray:
+    """A concrete array with zeros after its end along `axis`, on the host."""
     array = np.asarray(array)
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, size - array.shape[axis])
-    return jnp.asarray(np.pad(array, widths))
+    return np.pad(array, widths)
 
 
 def cut(tree: Tree, length: int, axis: int = 0) -> Tree:
@@ -166,7 +169,7 @@ def cut(tree: Tree, length: int, axis: int = 0) -> Tree:
         if array.shape[axis] == length:
             return array
         if not isinstance(array, jax.core.Tracer) and {d.platform for d in array.devices()} == {"cpu"}:
-            return jnp.asarray(np.asarray(array)[index])  # on the host, which compiles nothing
+            return jax.device_put(np.asarray(array)[index])  # cut on the host, which compiles nothing
         return array[index]
 
     return jax.tree.map(one, tree)
@@ -178,8 +181,8 @@ class Path(NamedTuple):
     tokens: [N], with zeros from `length` on. segments: [N] or None, 0 from there on. length: T, what was given.
     """
 
-    tokens: Int[Array, " N"]
-    segments: Int[Array, " N"] | None
+    tokens: Any
+    segments: Any
     length: int
 
     @property

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxwalk.aggregates._contract import Aggregate
 from jaxwalk.config import Placement
@@ -21,24 +21,24 @@ Combine = Callable[[Aggregate, Float[Array, "T D"]], tuple[Float[Array, "T D"], 
 class Interventions(NamedTuple):
     """Interventions per station, with stations as the first axis of each field: patch first, then add the nudge.
 
-    nudge: [S, T, D], added to the stations. where, by: [S, T] and [S, T, D]: stations are replaced by `by` where `where`
-        is true. nudge_where: [S, T], where the nudge is added; None is everywhere. Otherwise None intervenes nowhere.
+    nudge: [S, T, D], added to the stations. where, by: [S, T] and [S, T, D]: stations are replaced by `by` where
+        `where` is true. nudge_where: [S, T], where the nudge is added; None is everywhere. Otherwise None intervenes
+        nowhere.
     """
 
-    nudge: Float[Array, "S T D"] | None = None
-    where: Bool[Array, "S T"] | None = None
-    by: Float[Array, "S T D"] | None = None
-    nudge_where: Bool[Array, "S T"] | None = None
+    nudge: Any = None
+    where: Any = None
+    by: Any = None
+    nudge_where: Any = None
 
     def apply(self, x: Float[Array, "T D"], station: int) -> Float[Array, "T D"]:
         """The station `x` after the intervention at it."""
         if self.where is not None and self.by is not None:
-            x = jnp.where(self.where[station][:, None], self.by[station], x)
+            x = jnp.where(self.where[station][:, None], self.by[station].astype(x.dtype), x)
         if self.nudge is None:
             return x
-        if self.nudge_where is None:
-            return x + self.nudge[station]
-        return x + jnp.where(self.nudge_where[station][:, None], self.nudge[station], 0)
+        nudge = self.nudge[station].astype(x.dtype)
+        return x + nudge if self.nudge_where is None else x + jnp.where(self.nudge_where[station][:, None], nudge, 0)
 
 
 NO_INTERVENTIONS = Interventions()

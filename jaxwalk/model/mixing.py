@@ -1,12 +1,14 @@
 """Mixing matrices of a walk that are replaced or recorded, layer by layer, inside one scan over the layers."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxwalk.aggregates._contract import Aggregate, Documents
 from jaxwalk.filters import held, indices
@@ -22,12 +24,12 @@ Slot = tuple[int, int]
 class Matrices(NamedTuple):
     """What a walk is asked to do with mixing matrices: the arguments of its program.
 
-    replaced: for each slot, (repetition, matrix) pairs. recorded: for each slot, repetitions [k]. Repetitions are
-        traced, so that one program serves all layers of a slot.
+    replaced: for each slot, (repetition, matrix [G, T, T]) pairs. recorded: for each slot, repetitions [k].
+        Repetitions are traced, so that one program serves all layers of a slot.
     """
 
-    replaced: dict[Slot, tuple[tuple[Int[Array, ""], Float[Array, "G T T"]], ...]]
-    recorded: dict[Slot, Int[Array, " k"]]
+    replaced: dict[Slot, tuple[tuple[Any, Any], ...]]
+    recorded: dict[Slot, Any]
 
 
 class Functions(NamedTuple):
@@ -36,7 +38,7 @@ class Functions(NamedTuple):
     replaced: tuple[tuple[Slot, int, int, Callable[[Array], Array]], ...] = ()
 
 
-def plan(layers: Layers, mixing: Mapping[int, Mixing], record: Sequence[int]) -> tuple[Matrices, Functions]:
+def plan(layers: Layers, mixing: Mapping[int, Any], record: Sequence[int]) -> tuple[Matrices, Functions]:
     """The arguments and the static part for `mixing` = {layer: matrix or function} and the layers to `record`."""
     replaced: dict[Slot, list[Any]] = {}
     recorded: dict[Slot, list[int]] = {}
@@ -46,17 +48,22 @@ def plan(layers: Layers, mixing: Mapping[int, Mixing], record: Sequence[int]) ->
         if callable(given):
             functions.append(((block, member), int(index), number, given))
         else:
-            replaced.setdefault((block, member), []).append((jnp.int32(index), jnp.asarray(given)))
+            replaced.setdefault((block, member), []).append((np.int32(index), given))
     for number in sorted(set(record)):
         block, member, index = layers.place(number)
         recorded.setdefault((block, member), []).append(int(index))
     return (
         Matrices(
             {slot: tuple(pairs) for slot, pairs in replaced.items()},
-            {slot: jnp.array(indices, jnp.int32) for slot, indices in recorded.items()},
+            {slot: np.array(indices, np.int32) for slot, indices in recorded.items()},
         ),
         Functions(tuple(functions)),
     )
+
+
+def recorded_order(layers: Layers, record: Sequence[int]) -> list[int]:
+    """The layers in the order in which `Mixer.recorded` returns their matrices."""
+    return sorted(set(record), key=lambda number: (layers.place(number)[:2], number))
 
 
 class Mixer:
@@ -80,16 +87,17 @@ class Mixer:
     def buffers(self, x: Float[Array, "T D"]) -> dict[Slot, Float[Array, "k G T T"]]:
         """Room for the recorded matrices, to be carried through the layers."""
         room = {}
-        for (block, member), indices in self.matrices.recorded.items():
+        for (block, member), repetitions in self.matrices.recorded.items():
             aggregate = self.layers.blocks[block].layer(member, 0).aggregate
             A = jax.eval_shape(lambda x, a=aggregate: a.mixing(x, segments=self.documents), x)
-            room[block, member] = jnp.zeros((len(indices), *A.shape), A.dtype)
+            room[block, member] = jnp.zeros((len(repetitions), *A.shape), A.dtype)
         return room
 
     def combine(
         self, aggregate: Aggregate, x: Float[Array, "T D"], place: Place, number: Any, buffers: Any
     ) -> tuple[Float[Array, "T D"], Any]:
-        """The output of the aggregate of layer `number`, and the buffers, with its matrix recorded if it is asked for."""
+        """The output of the aggregate of layer `number`, and the buffers, with its matrix recorded if it is asked
+        for."""
         slot, repeats = (place.block, place.member), self.layers.blocks[place.block].repeats
         changes, recorded = self._changes(slot, number), self.matrices.recorded.get(slot)
         if not changes and recorded is None:
@@ -98,10 +106,14 @@ class Mixer:
         def with_matrix(buffer: Any) -> tuple[Array, Any]:
             A = aggregate.mixing(x, segments=self.documents)
             for index, change in changes:
-                A = change(A) if index is None or repeats == 1 else lax.cond(place.index == index, change, _same, A)
+                A = (
+                    change(A)
+                    if index is None or repeats == 1
+                    else lax.cond(place.repetition == index, change, _same, A)
+                )
             A = held(A, self.hold)
             if recorded is not None:
-                row = jnp.where(recorded == place.index, indices(len(recorded)), len(recorded)).min()
+                row = jnp.where(recorded == place.repetition, indices(len(recorded)), len(recorded)).min()
                 buffer = buffer.at[row].set(A, mode="drop")
             return aggregate.apply_mixing(x, A, self.documents, hold=self.hold), buffer
 
@@ -113,7 +125,7 @@ class Mixer:
         if any(index is None for index in chosen) or len(chosen) >= repeats:
             y, buffer = with_matrix(buffer)
         else:
-            asked = jnp.stack([place.index == index for index in chosen]).any()
+            asked = jnp.stack([place.repetition == index for index in chosen]).any()
             y, buffer = lax.cond(asked, with_matrix, without, buffer)
         return y, buffers if buffer is None else {**buffers, slot: buffer}
 
@@ -121,33 +133,30 @@ class Mixer:
         """The changes to matrices of this slot: (repetition, or None for all of them; function of the matrix)."""
         changes: list[tuple[Any, Callable[[Array], Array]]] = []
         for index, matrix in self.matrices.replaced.get(slot, ()):
-            changes.append((index, lambda A, matrix=matrix: _checked("mixing", A, matrix)))
-        for where, index, layer, function in self.functions:
+            changes.append((index, functools.partial(_replaced, "mixing", functools.partial(_constant, matrix))))
+        for where, repetition, layer, function in self.functions:
             if where == slot:
-                name = f"mixing[{layer}] as a function"
-                changes.append((index, lambda A, f=function, name=name: _checked(name, A, f(A))))
+                changes.append((repetition, functools.partial(_replaced, f"mixing[{layer}] as a function", function)))
         if self.every is not None:
-            every = self.every
-            changes.append((None, lambda A: _checked("mixing of every layer", A, every(number, A))))
+            of_layer = functools.partial(self.every, number)
+            changes.append((None, functools.partial(_replaced, "mixing of every layer", of_layer)))
         return changes
 
-    def recorded(self, buffers: Any, record: Sequence[int]) -> dict[int, Array]:
-        """{layer: matrix} from the buffers."""
-        rows: dict[Slot, int] = {}
-        matrices = {}
-        for number in sorted(set(record)):
-            block, member, _ = self.layers.place(number)
-            row = rows.get((block, member), 0)
-            matrices[number] = buffers[block, member][row]
-            rows[block, member] = row + 1
-        return matrices
+    def recorded(self, buffers: Any) -> tuple[Array, ...]:
+        """The recorded matrices, slot by slot: see `recorded_order`."""
+        return tuple(matrix for slot in sorted(self.matrices.recorded) for matrix in buffers[slot])
 
 
 def _same(A: Array) -> Array:
     return A
 
 
-def _checked(what: str, A: Array, other: Array) -> Array:
-    """`other` in place of A. Raises ValueError for another shape, which could broadcast, silently."""
+def _constant(matrix: Array, A: Array) -> Array:
+    return matrix
+
+
+def _replaced(what: str, function: Callable[[Array], Array], A: Array) -> Array:
+    """function(A). Raises ValueError for another shape, which could silently broadcast."""
+    other = function(A)
     check_shape(what, other, A.shape)
     return other.astype(A.dtype)

@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
     block: int
     member: int
-    index: Int[Array, ""] | int
+    repetition: Int[Array, ""] | int
 
 
 @module
@@ -44,8 +44,8 @@ class Block(nnx.Module):
 
     def layer(self, member: int, index: int) -> Layer:
         """One layer by itself. Leaves may be arrays or ShapeDtypeStructs."""
-        layer = jax.tree.map(lambda leaf: _entry(leaf, index), self.period[member])
-        return _with_varying(layer, self.varying[member][index]) if self.varying[member] is not None else layer
+        layer, varying = jax.tree.map(lambda leaf: _entry(leaf, index), self.period[member]), self.varying[member]
+        return layer if varying is None else _with_varying(layer, varying[index])
 
     def settings(self) -> tuple[Any, ...]:
         """The varying fields of each member as arrays with the repetitions as first axis; None where all are alike."""
@@ -64,7 +64,8 @@ class Block(nnx.Module):
 class Layers(nnx.Module):
     """The layers of a model, a sequence of `Layer`s that is stored in blocks.
 
-    `layers[3]` is one layer, `len(layers)` the depth. To change layers, make new ones: `Layers.of([*layers[:3], other])`.
+    `layers[3]` is one layer, `len(layers)` the depth. To change layers, make new ones: `Layers.of([*layers[:3],
+    other])`.
     """
 
     blocks: tuple[Block, ...] = nnx.data()
@@ -97,7 +98,7 @@ class Layers(nnx.Module):
         if isinstance(number, slice):
             return tuple(self[i] for i in range(*number.indices(len(self))))
         place = self.place(number)
-        return self.blocks[place.block].layer(place.member, int(place.index))
+        return self.blocks[place.block].layer(place.member, int(place.repetition))
 
     def __iter__(self) -> Iterator[Layer]:
         return (self[number] for number in range(len(self)))
@@ -117,7 +118,7 @@ class Layers(nnx.Module):
         """The layer at a place whose index may be traced. Inside a compiled program this copies one layer."""
         block = self.blocks[place.block]
         layer, setting = jax.tree.map(
-            lambda a: a[place.index], (block.period[place.member], block.settings()[place.member])
+            lambda a: a[place.repetition], (block.period[place.member], block.settings()[place.member])
         )
         return _with_setting(layer, setting)
 
@@ -244,14 +245,16 @@ def _with_varying(layer: Layer, values: tuple[Any, ...]) -> Layer:
     if not values:
         return layer
     fields = dict(zip(layer.aggregate.varying, values, strict=True))
-    return dataclasses.replace(layer, aggregate=dataclasses.replace(layer.aggregate, **fields))
+    aggregate: Any = layer.aggregate
+    return dataclasses.replace(layer, aggregate=dataclasses.replace(aggregate, **fields))
 
 
 def _with_setting(layer: Layer, setting: Any) -> Layer:
     """The layer with its aggregate's varying fields given as arrays, if they are."""
     if setting is None:
         return layer
-    return dataclasses.replace(layer, aggregate=dataclasses.replace(layer.aggregate, scanned=setting))
+    aggregate: Any = layer.aggregate
+    return dataclasses.replace(layer, aggregate=dataclasses.replace(aggregate, scanned=setting))
 
 
 def _kind(layer: Layer) -> Any:

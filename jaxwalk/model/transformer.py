@@ -1,13 +1,13 @@
 """Layers composed between an embedding and an unembedding, and the walk of every position through them.
 
-Only this room composes. A model is a pytree, and everything about it is a pure function of (model, tokens): what happens
-inside is returned as a `Walk`, and what is changed inside is an argument.
+Only this room composes. A model is a pytree, and everything about it is a pure function of (model, tokens): what
+happens inside is returned as a `Walk`, and what is changed inside is an argument.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxwalk.aggregates._contract import Documents, documents_of
 from jaxwalk.filters import Embed, LearnedPositions, Norm, SinusoidalPositions, Unembed, indices, module
 from jaxwalk.model.inputs import Segments, Tokens, check_segments, check_shape, prepare
 from jaxwalk.model.layer import Interventions, Layer, each_position
-from jaxwalk.model.mixing import Functions, Matrices, Mixer, Mixing, plan
+from jaxwalk.model.mixing import Functions, Matrices, Mixer, Mixing, plan, recorded_order
 from jaxwalk.model.stack import Layers, Place
 
 Patch = tuple[Bool[Array, "S T"] | Bool[np.ndarray, "S T"], Float[Array, "S T D"]]
@@ -38,7 +38,7 @@ class Walk(NamedTuple):
 
     stations: Float[Array, "S T D"]
     context: Float[Array, "T D"]
-    mixing: dict[int, Float[Array, "G T T"]]
+    mixing: Any
     moves: Float[Array, "S-1 T D"]
 
 
@@ -60,7 +60,10 @@ class Transformer(nnx.Module):
 
     embed: Embed = nnx.data()
     positions: LearnedPositions | SinusoidalPositions | None = nnx.data()
-    layers: "Layers | tuple[Layer, ...]" = nnx.data()
+    if TYPE_CHECKING:
+        layers: Layers = nnx.data()
+    else:
+        layers: Layers | tuple[Layer, ...] = nnx.data()
     """A sequence of `Layer`s, stored stacked. A tuple of layers given for it is stacked."""
     norm: Norm | None = nnx.data()
     unembed: Unembed = nnx.data()
@@ -180,13 +183,13 @@ class Transformer(nnx.Module):
             path.pad(vectors),
             matrices,
             functions=functions,
-            record=tuple(sorted(set(record_mixing))),
             hold=hold,
         )
+        recorded = dict(zip(recorded_order(self.layers, record_mixing), walk.mixing, strict=True))
         return Walk(
             path.cut(walk.stations, 1),
             path.cut(walk.context),
-            path.cut(path.cut(walk.mixing, 1), 2),
+            {layer: path.cut(path.cut(recorded[layer], 1), 2) for layer in sorted(recorded)},
             path.cut(walk.moves, 1),
         )
 
@@ -208,6 +211,7 @@ class Transformer(nnx.Module):
         position, rows = documents.position, self.position_rows
         vectors = jax.vmap(self.positions)(position if rows is None else jnp.minimum(position, rows - 1))
         return vectors.astype(self.embed.table.dtype)
+
     def out_of_range(self, tokens: Int[Array, " T"], positions: Int[Array, " T"]) -> Bool[Array, " T"]:
         """Which tokens are none of the vocabulary, or at a position beyond the table."""
         wrong = (tokens < 0) | (tokens >= self.vocab_size)
@@ -276,10 +280,9 @@ class Transformer(nnx.Module):
         *,
         functions: Functions | None = None,
         every: Callable[[Any, Array], Array] | None = None,
-        record: Sequence[int] = (),
         hold: bool = False,
     ) -> Walk:
-        """`walk` of checked arguments, as part of another program."""
+        """`walk` of checked arguments, as part of another program; the recorded matrices are in a tuple."""
         documents = documents_of(segments, len(tokens))
         mixer = Mixer(self.layers, documents, hold=hold, matrices=matrices, functions=functions, every=every)
         edits = edits or Interventions()
@@ -294,10 +297,10 @@ class Transformer(nnx.Module):
         stations, context, moves = (
             jnp.where(missing, jnp.nan, a) for a in (stations, context, moves.reshape(-1, *x.shape))
         )
-        return Walk(stations, context, mixer.recorded(passed.buffers, record), moves)
+        return Walk(stations, context, mixer.recorded(passed.buffers), moves)
 
 
-@functools.partial(jax.jit, static_argnames=("functions", "record", "hold"))
+@functools.partial(jax.jit, static_argnames=("functions", "hold"))
 def _walk(
     model: Transformer,
     tokens: Array,
@@ -307,10 +310,9 @@ def _walk(
     matrices: Matrices,
     *,
     functions: Functions,
-    record: tuple[int, ...],
     hold: bool,
 ) -> Walk:
-    return model.walked(tokens, segments, edits, vectors, matrices, functions=functions, record=record, hold=hold)
+    return model.walked(tokens, segments, edits, vectors, matrices, functions=functions, hold=hold)
 
 
 @jax.jit
@@ -321,14 +323,13 @@ def _token_vectors(embed: Embed) -> Array:
 def checked_interventions(
     model: Transformer, length: int, nudge: Any = None, patch: Patch | None = None
 ) -> Interventions:
-    """`nudge` and `patch` as interventions. Raises ValueError for wrong shapes; both get the dtype of the model."""
-    S, dtype = model.stations, model.embed.table.dtype
+    """`nudge` and `patch` as interventions. Raises ValueError for wrong shapes."""
+    S = model.stations
     where, by = (None, None) if patch is None else patch
     check_shape("nudge", nudge, (S, length, model.width))
     check_shape("patch[0]", where, (S, length))
     check_shape("patch[1]", by, (S, length, model.width))
-    nudge, by = (None if a is None else jnp.asarray(a, dtype) for a in (nudge, by))
-    return Interventions(nudge, None if where is None else jnp.asarray(where, bool), by)
+    return Interventions(nudge, where, by)
 
 
 def check_mixing(model: Transformer, length: int, mixing: Mapping[int, Mixing], record: Sequence[int]) -> None:
@@ -353,7 +354,8 @@ def encoding_walk(
     record_mixing: Sequence[int] = (),
     hold: bool = False,
 ) -> Walk:
-    """The encoding walk of a path: stations [S, T, D] and contexts [T, D]. Arguments are those of `Transformer.walk`."""
+    """The encoding walk of a path: stations [S, T, D] and contexts [T, D]. Arguments are those of
+    `Transformer.walk`."""
     return model.walk(
         tokens,
         segments=segments,

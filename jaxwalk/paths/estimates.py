@@ -71,7 +71,7 @@ def enumerated_log_probs(
             f"steps: expected V^steps <= {ENUMERABLE}, got {model.vocab_size}^{steps}. "
             "Sample (sample_paths), or search (top_paths)."
         )
-    after = jnp.asarray(continuations(model.vocab_size, steps))
+    after = jax.device_put(continuations(model.vocab_size, steps))
     return after, _enumerated(*_arguments(model, path, steps), after, batch=batch)
 
 
@@ -103,7 +103,7 @@ def path_entropy(
     """
     path = check_prompt(model, prompt, steps)
     if _enumerable(model, steps):
-        after = jnp.asarray(continuations(model.vocab_size, steps))
+        after = continuations(model.vocab_size, steps)
         return _enumerated_entropy(*_arguments(model, path, steps), after)
     _check_samples(model, key, steps, samples)
     sampling = _Sampling(room_for(model, path, steps), steps, samples, proposal)
@@ -145,7 +145,7 @@ def event_probability(
     if isinstance(event, Visits):
         check_ids("visits", event.ids, model.vocab_size)
     if _enumerable(model, steps):
-        after = jnp.asarray(continuations(model.vocab_size, steps))
+        after = continuations(model.vocab_size, steps)
         return _enumerated_event(*_arguments(model, path, steps), after, event=event)
     _check_samples(model, key, steps, samples)
     sampling = _Sampling(room_for(model, path, steps), steps, samples, proposal)
@@ -175,13 +175,12 @@ def _check_samples(model: Transformer, key: Key | None, steps: int, samples: int
         raise ValueError(f"samples: expected at least 2, got {samples}.")
 
 
-def _arguments(model: Transformer, path: Path, steps: int) -> tuple[Transformer, Array, Any]:
+def _arguments(model: Transformer, path: Path, steps: int) -> tuple[Transformer, Any, Any]:
     """The model, the prompt with room for `steps` tokens after it, and its length."""
     if is_traced(model, path.tokens):
         return model, jnp.concatenate([path.tokens, jnp.zeros(steps, jnp.int32)]), path.length
     longest = padded_length(path.length + steps, model.max_length + 1)
-    prompt = np.asarray(path.tokens)[: path.length]
-    return model, jnp.asarray(np.pad(prompt, (0, longest - path.length))), path.count
+    return model, np.pad(path.tokens[: path.length], (0, longest - path.length)), path.count
 
 
 def _joined(prompt: Array, count: Any, after: Array) -> Array:

@@ -118,7 +118,6 @@ def _scored(
         padded = {n: A if callable(A) else path.pad(path.pad(A, 1), 2)[:, :-1, :-1] for n, A in mixing.items()}
         matrices, functions = plan(model.layers, padded, ())
         altered = jax.tree.map(lambda a: path.pad(a, 1), edits), path.pad(vectors), matrices
-    given = jnp.asarray(given, jnp.int32)
     return program(model, path.tokens, given, path.count, path.segments, altered, functions=functions), T
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -18,11 +19,13 @@ from jaxwalk.paths.sampling import Paths, check_prompt, room_for
 STATE_BYTES = 1 << 30
 """How many bytes the decoding states of expanded prefixes may take."""
 FIRST_SLOTS = 64
-"""How many states there is room for at first; a search that expands more prefixes gets four times as much, and so on."""
+"""How many states there is room for at first; a search that expands more prefixes gets four times as much, and so
+on."""
 
 
 class Search(NamedTuple):
-    """A best-first search: the frontier of prefixes (-inf: an empty slot), the best complete paths, and what was dropped.
+    """A best-first search: the frontier of prefixes (-inf: an empty slot), the best complete paths, and what was
+    dropped.
 
     parents: for each prefix, the slot of `states` that holds the state after all its tokens but the last.
     """
@@ -109,12 +112,12 @@ def top_paths(
     if not is_traced(model, path.tokens):  # only a concrete search can be looked at before it goes on
         while stages[0] > FIRST_SLOTS:
             stages.insert(0, max(FIRST_SLOTS, stages[0] // 4))
-    budget_now = jnp.int32(budget if len(stages) == 1 else stages[0])
+    budget_now = np.int32(budget if len(stages) == 1 else stages[0])
     paths, search = _first(model, path.tokens, path.count, budget_now, room=room, slots=stages[0], sizes=sizes)
     for slots in stages[1:]:
         if int(search.expanded) < int(budget_now):
             break
-        budget_now = jnp.int32(budget if slots == stages[-1] else slots)
+        budget_now = np.int32(budget if slots == stages[-1] else slots)
         paths, search = _further(
             model, path.tokens, path.count, search, budget_now, room=room, slots=slots, sizes=sizes
         )

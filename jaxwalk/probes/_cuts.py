@@ -153,7 +153,8 @@ class Target:
         return jnp.where(reached[:, None], parts, 0)
 
     def direct(self) -> tuple[Array, Array, Array]:
-        """The position's token vector and position vector, carried, and the biases of the norms on the way: [D] each."""
+        """The position's token vector and position vector, carried, and the biases of the norms on the way: [D]
+        each."""
         sources = jnp.stack([self.vectors[self.at], self.places[self.at]])
         # They are in the stream before the first step, and also where the target is the first station.
         token, position = jnp.where(self.station == 0, sources, self.carry_each(sources, jnp.zeros(2, jnp.int32)))
@@ -167,7 +168,7 @@ class Target:
             def body(layer: Layer, place: Place, carry: None, points: Array) -> tuple[None, Array]:
                 norms = (layer.aggregate_norm, layer.filter_norm)
                 biases = [
-                    jnp.zeros_like(point) if norm is None else along_biases(lambda n, x=point: n(x, hold=True), norm)
+                    jnp.zeros_like(point) if norm is None else along_biases(functools.partial(_held_at, point), norm)
                     for norm, point in zip(norms, points, strict=True)
                 ]
                 return None, jnp.stack(biases)
@@ -202,7 +203,7 @@ class Target:
 
             moves = (aggregate, before), (filter, layer.filter_source(before, after_aggregate))
             stream = [jax.jvp(functools.partial(move, layer), (x,), (x,))[1] for move, x in moves]
-            biases = [along_biases(lambda layer, m=move, x=x: m(layer, x), layer) for move, x in moves]
+            biases = [along_biases(functools.partial(_at_stream, move, x), layer) for move, x in moves]
             return None, (jnp.stack(stream), jnp.stack(biases))
 
         if not len(layers):
@@ -253,6 +254,14 @@ class Target:
 def _held_derivative(norm: Any, point: Array, part: Array) -> Array:
     """The derivative of a held norm at `point` along `part`."""
     return jax.jvp(functools.partial(norm, hold=True), (point,), (part,))[1]
+
+
+def _held_at(point: Array, norm: Any) -> Array:
+    return norm(point, hold=True)
+
+
+def _at_stream(move: Callable[[Layer, Array], Array], x: Array, layer: Layer) -> Array:
+    return move(layer, x)
 
 
 def along_biases(f: Callable[[Any], Array], tree: Any) -> Array:

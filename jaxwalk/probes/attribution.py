@@ -1,8 +1,8 @@
 """What each token of a path contributes to the log-probability of a token: four answers, and how far each adds up.
 
 The held attribution is complete by construction: its parts sum to the log-probability itself. The other three ask what
-changes when token vectors are replaced by a baseline, and their sums are compared with the whole change. None of them is
-*the* answer: they agree for a function that is affine in the token vectors, and differ where it is not.
+changes when token vectors are replaced by a baseline, and their sums are compared with the whole change. None of them
+is *the* answer: they agree for a function that is affine in the token vectors, and differ where it is not.
 """
 
 import functools
@@ -26,7 +26,8 @@ from jaxwalk.probes.decomposition import by_token, check_dtype, check_error, log
 from jaxwalk.probes.gradients import contexts_of, token_vectors
 
 CELLS, NODES, SCAN = 32, 4, 256
-"""Integrated gradients: cells of Gauss's rule, its nodes per cell, and the points at which the path is surveyed first."""
+"""Integrated gradients: cells of Gauss's rule, its nodes per cell, and the points at which the path is surveyed
+first."""
 TOGETHER = 8
 """How many occluded paths are walked together."""
 
@@ -77,7 +78,7 @@ def _held(
     tokens = jnp.where((token < 0) | (at < 0), -1, tokens)
     context = plain(model).contexts(tokens, segments)[at]
     direction, constant = log_prob_readout(model, context, token)
-    parts = by_token(model, tokens, segments, at, jnp.int32(model.stations), direction[None])
+    parts = by_token(model, tokens, segments, at, np.int32(model.stations), direction[None])
     rest = parts.by_position.sum() + parts.bias[0] + constant
     whole = log_probs_of(model, context[None], token[None])[0]
     return _attribution(parts.by_token[:, 0], rest, whole), parts.error
@@ -91,7 +92,8 @@ def gradient_attribution(
     segments: Segments | None = None,
     baseline: Float[Array, " D"] | None = None,
 ) -> Attribution:
-    """Gradient times (token vector - baseline): the first-order estimate of log p(token) minus its value at the baseline.
+    """Gradient times (token vector - baseline): the first-order estimate of log p(token) minus its value at the
+    baseline.
 
     Args:
         model, tokens, token, at, segments: as in `held_attribution`.

@@ -2,11 +2,11 @@
 
 Every nonlinearity here is a data-dependent coefficient times a linear map: mixing weights times values, 1/std times a
 centred vector, a gate times its argument. With the coefficients held at the values they took, the walk is affine in the
-token vectors, and the terms of its sum are known one by one ("detached Jacobian": Golden, arXiv 2505.24293). The part of
-the biases is a derivative of its own, never the remainder, so the sum is a check: each result carries its error relative
-to the sum of |parts|, and beyond rounding it raises. The check cannot detect an unheld map that is homogeneous of degree
-one, such as x |x| / |x|: its derivative along x is the map itself. `jaxwalk/filters.py` and the laws of aggregates hold
-each module to being affine.
+token vectors, and the terms of its sum are known one by one ("detached Jacobian": Golden, arXiv 2505.24293). The part
+of the biases is a derivative of its own, never the remainder, so the sum is a check: each result carries its error
+relative to the sum of |parts|, and beyond rounding it raises. The check cannot detect an unheld map that is
+homogeneous of degree one, such as x |x| / |x|: its derivative along x is the map itself. `jaxwalk/filters.py` and the
+laws of aggregates hold each module to being affine.
 
 The token cut is total: what comes from a token through everything. The cuts by step, head and neuron are direct: the
 output of that piece, carried to the target by the residual stream and the held norms alone. All functions take one path
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxwalk._products import exact
@@ -43,9 +44,9 @@ class Decomposition(NamedTuple):
     """A target vector split by source token: by_token.sum(0) + by_position.sum(0) + bias = whole.
 
     by_token: [T, D], of each token vector, through everything. by_position: [T, D], likewise of each position vector
-    (zeros in a model without any). bias: [D], of all biases, computed by a derivative of its own. whole: [D], the target
-    itself. error: [], |sum - whole| / sum of |parts|. If the target is read along n directions, all of these have n in
-    place of D, and the error is the largest one along any direction.
+    (zeros in a model without any). bias: [D], of all biases, computed by a derivative of its own. whole: [D], the
+    target itself. error: [], |sum - whole| / sum of |parts|. If the target is read along n directions, all of these
+    have n in place of D, and the error is the largest one along any direction.
     """
 
     by_token: Float[Array, "T D"]
@@ -307,7 +308,7 @@ def _located(model: Transformer, layer: Index, station: Index | None, reached: C
             f"station: expected one from {reached(number)} on, where layer {layer} has added its part, got {station}."
         )
     place = model.layers.place(number)
-    return (place.block, place.member), jnp.int32(place.index), jnp.int32(number)
+    return (place.block, place.member), np.int32(place.repetition), np.int32(number)
 
 
 def _run(
@@ -330,7 +331,7 @@ def _run(
             f"station: expected one from 0 to {S - 1} (0 the embedding, 2l+1 after aggregate l, 2l+2 after filter l), "
             f"got {station}."
         )
-    target = jnp.asarray(S if station is None else station, jnp.int32)
+    target = np.int32(S) if station is None else station if is_traced(station) else np.int32(station)
     static = {} if slot is None else {"slot": slot}
     result = program(model, path.tokens, path.segments, at, target, *others, **static)
     check_error(result.error, model)

@@ -142,8 +142,8 @@ def _context_vjp(model: Transformer, tokens: Array, cotangents: Array, segments:
 
 def token_vectors(model: Transformer, tokens: Tokens) -> Float[Array, "T D"]:
     """The token vectors e_v of a checked path; zeros for ids out of range."""
-    known = (tokens >= 0) & (tokens < model.vocab_size)
-    return jax.vmap(model.embed)(jnp.where(known, tokens, 0))
+    ids = jnp.asarray(tokens)
+    return jax.vmap(model.embed)(jnp.where((ids >= 0) & (ids < model.vocab_size), ids, 0))
 
 
 def contexts_of(model: Transformer, tokens: Array, segments: Array | None) -> Callable[[Array], Array]:

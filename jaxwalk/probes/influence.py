@@ -20,8 +20,9 @@ from jaxwalk.model.mixing import Mixer
 from jaxwalk.model.stack import Place
 from jaxwalk.model.transformer import Transformer
 
-BLOCKS = 8
-"""Blocks of rows, each of which is differentiated over the path up to its end only: 9/16 of the work of one block."""
+BLOCKS, LONG = 8, 1 << 38
+"""Blocks of rows, each of which is differentiated over the path up to its end only: with 8, 9/16 of the work of one.
+They are compiled separately, so that there is one where the whole work is less than `LONG` multiplications."""
 TOGETHER = 1 << 21
 """About how many numbers the arrays of the backward passes that run together may have: what caches hold."""
 JACOBIANS = 1 << 28
@@ -31,9 +32,9 @@ JACOBIANS = 1 << 28
 def context_sensitivity(model: Transformer, tokens: Tokens, segments: Segments | None = None) -> Float[Array, "T T"]:
     """|d c_t / d token vector_j| in the Frobenius norm, row t, column j: how far moving a token moves each context.
 
-    Exact, by reverse mode: T x D backward passes, each over the path up to the end of its block of rows, some directions
-    at a time, in memory bounded by `TOGETHER` and `JACOBIANS`. Above the diagonal it is exactly zero. It is the size of
-    a local derivative, and no share of anything: rows do not sum to a whole.
+    Exact, by reverse mode: T x D backward passes, each over the path up to the end of its block of rows, some
+    directions at a time, in memory bounded by `TOGETHER` and `JACOBIANS`. Above the diagonal it is exactly zero. It is
+    the size of a local derivative, and no share of anything: rows do not sum to a whole.
 
     Args:
         model: the model.
@@ -52,7 +53,8 @@ def _sensitivity(model: Transformer, tokens: Array, count: Array, segments: Arra
     T, model = len(tokens), plain(model)
     below = dataclasses.replace(model, layers=model.layers.all_but_last()) if model.depth else model
     filters = _linear_filters(below, tokens, segments)
-    size = -(-T // max(1, min(BLOCKS, T // 4)))
+    work = T**2 * model.width * sum(leaf.size for leaf in jax.tree.leaves(model.layers))
+    size = -(-T // max(1, min(BLOCKS, T // 4))) if work > LONG else T
 
     def block(start: int) -> Callable[[], Array]:
         end = min(start + size, T)

@@ -1,10 +1,10 @@
 """Sweeps of interventions: what a change at each place of the walk, one at a time, does to a path's probability.
 
-An intervention is an argument of the walk (`nudge`, `patch`, `mixing`) and its effect is a difference of `path_log_prob`,
-in nats, given the first tokens of the path. These functions make it everywhere, each in one compiled program, against a
-baseline of the same program that changes nothing, so that a change that changes nothing has no effect at all. Effects at
-different places do not sum to the effect of both. All raise ValueError for tokens that are no path of the model, and are
-batched with `jax.vmap`.
+An intervention is an argument of the walk (`nudge`, `patch`, `mixing`) and its effect is a difference of
+`path_log_prob`, in nats, given the first tokens of the path. These functions make it everywhere, each in one compiled
+program, against a baseline of the same program that changes nothing, so that a change that changes nothing has no
+effect at all. Effects at different places do not sum to the effect of both. All raise ValueError for tokens that are
+no path of the model, and are batched with `jax.vmap`.
 """
 
 import functools

@@ -39,8 +39,8 @@ class Lens(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a lens reads at stations [S, N]: the entropy of its law, KL(final || lens) in nats, and the rank in it of the
-    final law's most probable token."""
+    """What a lens reads at stations [S, N]: the entropy of its law, KL(final || lens) in nats, and the rank in it of
+    the final law's most probable token."""
 
     entropy: Float[Array, "S N"]
     kl: Float[Array, "S N"]
@@ -85,7 +85,8 @@ def read(model: Transformer, lens: Lens, stations: Float[Array, "S N D"]) -> Rea
 def read_steps(
     model: Transformer, stations: Float[Array, "S N D"]
 ) -> tuple[Reading, Float[Array, "S-1 N"], Float[Array, "S-1 N"]]:
-    """What the logit lens reads at N places, and `fisher_lengths` and `step_divergences` there, computing each law once.
+    """What the logit lens reads at N places, and `fisher_lengths` and `step_divergences` there, computing each law
+    once.
 
     For large V the laws are nearly all the work: three separate passes would compute those of each station five times.
     """
@@ -120,7 +121,7 @@ def jacobian_lens(
     Raises:
         ValueError: for ids or positions out of range, and shapes that do not match.
     """
-    paths, at = jnp.asarray(paths), jnp.asarray(at)
+    paths, at = (a if is_traced(a) else np.asarray(a) for a in (paths, at))
     if paths.ndim != 2 or at.shape != paths.shape[:1] or not 0 < paths.shape[1] <= model.max_length or not len(paths):
         raise ValueError(
             f"paths, at: expected [n, T] with T up to {model.max_length} and [n], at least one path, got "
