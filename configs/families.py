@@ -71,7 +71,7 @@ def measure(name: str, family: str, seeds: int, steps: int | None) -> dict[str, 
     import numpy as np
 
     import jaxwalk as jw
-    from jaxwalk.analyses._statistics import crossed_means, percentiles
+    from jaxwalk.evidence.statistics import crossed_means, percentiles
 
     config = config_of(name, family)
     config = dataclasses.replace(config, steps=steps or config.steps)

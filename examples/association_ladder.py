@@ -27,8 +27,8 @@ import numpy as np
 
 import jaxwalk as jw
 from jaxwalk.analyses import Figure, Finding, Series, Subject
-from jaxwalk.analyses._statistics import crossed_means
 from jaxwalk.config import MLPConfig, OptimConfig, TextData, TrainConfig, WorldData
+from jaxwalk.evidence.statistics import crossed_means
 
 CLAIM = "C6: attention adds an association bias to the composition of context vectors, which may be redundant."
 RUNGS = {

@@ -81,7 +81,7 @@ _ROOMS = {
         "occlusion",
     ),
     "jaxwalk.pretrained": ("load", "export"),
-    "jaxwalk.analyses": ("Finding",),
+    "jaxwalk.evidence.finding": ("Finding",),
 }
 _SUBMODULES = (
     "aggregates",
@@ -89,6 +89,7 @@ _SUBMODULES = (
     "checkpoint",
     "comparison",
     "config",
+    "evidence",
     "filters",
     "model",
     "paths",

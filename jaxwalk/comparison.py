@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxwalk.analyses._finding import Cell, Comparison, Figure, Row, Section, Series
 from jaxwalk.checkpoint import Run, read_metrics
 from jaxwalk.config import ConfigError, WorldData
+from jaxwalk.evidence.finding import Cell, Comparison, Figure, Row, Section, Series
 from jaxwalk.model import init
 
 

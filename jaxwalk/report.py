@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxwalk.analyses._finding import Cell, Comparison, Figure, Finding, Series
+from jaxwalk.evidence.finding import Cell, Comparison, Figure, Finding, Series
 
 INSTALL = "pip install 'jaxwalk[report]'"
 OPENING = "belief_geometry"

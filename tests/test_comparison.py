@@ -11,9 +11,9 @@ import pytest
 
 import jaxwalk as jw
 from jaxwalk import comparison, report, training
-from jaxwalk.analyses._finding import Cell, Row, Section
 from jaxwalk.checkpoint import CheckpointError, Run, read_metrics
 from jaxwalk.config import ConfigError
+from jaxwalk.evidence.finding import Cell, Row, Section
 from tests.test_analyze import analyze
 from tests.test_report import Elements
 from tests.test_training import small

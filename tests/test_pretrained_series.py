@@ -7,10 +7,10 @@ import pytest
 
 import jaxwalk as jw
 from jaxwalk.analyses import NotApplicable, analyse
-from jaxwalk.analyses._subject import Subject
 from jaxwalk.analyses.training_walk import _chosen
 from jaxwalk.checkpoint import CheckpointError
 from jaxwalk.config import ConfigError
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.pretrained import series
 from tests.test_pretrained import edit, equal, exportable
 

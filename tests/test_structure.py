@@ -31,9 +31,10 @@ LEVELS = {
     "probes": 5,
     "training": 5,
     "sweep": 6,
-    "analyses": 7,
+    "evidence": 7,
+    "analyses": 8,
     "comparison": 8,
-    "report": 8,
+    "report": 9,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -12,8 +12,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.config import ConfigError, fits, readable, unknown
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
 
 __all__ = ["Figure", "Finding", "NotApplicable", "Series", "Subject", "analyse", "names", "open_subject", "run"]
 
@@ -86,8 +86,8 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Subject", "open_subject"):
-        return getattr(_module("_subject"), name)
+    if name in ("Subject", "open_subject"):  # late, because they import jax
+        return getattr(importlib.import_module("jaxwalk.evidence.subject"), name)
     if name in names():
         return _module(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

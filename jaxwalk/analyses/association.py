@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._laws import check_data, held_out_paths
-from jaxwalk.analyses._statistics import batches, bootstrap, mean_interval, resampled_means
-from jaxwalk.analyses._subject import Subject
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.laws import check_data, held_out_paths
+from jaxwalk.evidence.statistics import batches, bootstrap, mean_interval, resampled_means
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import Transformer
 from jaxwalk.paths import step_log_probs
 

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._statistics import batches, percentiles, resampled_means
-from jaxwalk.analyses._subject import Subject
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.statistics import batches, percentiles, resampled_means
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import Transformer
 from jaxwalk.worlds import HiddenMarkov
 

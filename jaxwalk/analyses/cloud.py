@@ -21,9 +21,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._statistics import batches, mean_interval
-from jaxwalk.analyses._subject import Subject
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.statistics import batches, mean_interval
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import Transformer, plain
 
 FLOATS = 1 << 22

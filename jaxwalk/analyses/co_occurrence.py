@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import stats
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._statistics import average_ranks, permutation_p, permute_within, quantile_groups
-from jaxwalk.analyses._subject import Subject
 from jaxwalk.config import ConfigError
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.statistics import permutation_p, permute_within, quantile_groups
+from jaxwalk.evidence.subject import Subject
 
 BLOCKS = 64
 """Of paths, each of which is left out once for the intervals."""
@@ -397,12 +398,12 @@ class Goal(NamedTuple):
     @classmethod
     def of(cls, values: Float[np.ndarray, " K"]) -> "Goal":
         """The goal with these values."""
-        return cls(_unit(average_ranks(values)), _unit(values))
+        return cls(_unit(stats.rankdata(values)), _unit(values))
 
 
 def correlations(x: Float[np.ndarray, " K"], goals: list[Goal]) -> Float[np.ndarray, "goals 2"]:
     """Spearman and Pearson correlation of x with each goal; 0 where one of the two is constant."""
-    ranks, values = _unit(average_ranks(x)), _unit(x)
+    ranks, values = _unit(stats.rankdata(x)), _unit(x)
     return np.array([[ranks @ goal.ranks, values @ goal.values] for goal in goals])
 
 
@@ -415,10 +416,9 @@ def _unit(x: np.ndarray) -> Float[np.ndarray, " K"]:
 def jackknife_interval(whole: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """95% interval of a smooth statistic from its values with each of G blocks left out, the first axis: low, high.
 
-    whole -+ t sqrt((G - 1) / G sum (without - mean)^2), t of G - 1 degrees of freedom, by its expansion in 1 / (G - 1).
+    whole -+ t sqrt((G - 1) / G sum (without - mean)^2), t of G - 1 degrees of freedom.
     """
     G = len(without)
     error = np.sqrt((G - 1) / G * ((without - without.mean(0)) ** 2).sum(0))
-    z = 1.959964
-    t = z + (z**3 + z) / (4 * (G - 1)) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * (G - 1) ** 2)
+    t = stats.t.ppf(0.975, G - 1)
     return whole - t * error, whole + t * error

@@ -26,18 +26,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy import stats
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._statistics import (
+from jaxwalk.config import ConfigError
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.statistics import (
     RESAMPLES,
-    average_ranks,
     percentiles,
     permutation_p,
     permute_within,
     quantile_groups,
 )
-from jaxwalk.analyses._subject import Subject
-from jaxwalk.config import ConfigError
+from jaxwalk.evidence.subject import Subject
 
 FILE = Path(__file__).with_name("concepts.json")
 LEAST = 3
@@ -572,7 +572,7 @@ class Nearness(NamedTuple):
         others = cosine.copy()
         np.fill_diagonal(others, -np.inf)
         nearest = np.argsort(-others, axis=1, kind="stable")[:, :k]
-        return cls(cosine, nearest, np.stack([average_ranks(row) for row in others]))
+        return cls(cosine, nearest, stats.rankdata(others, axis=1) - 1)
 
 
 def word_scores(near: Nearness, labels: Int[np.ndarray, " W"]) -> Float[np.ndarray, "W 4"]:

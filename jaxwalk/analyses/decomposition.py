@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
+from scipy import stats
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._laws import check_data, held_out_paths
-from jaxwalk.analyses._statistics import average_ranks, mean_interval
-from jaxwalk.analyses._subject import Subject
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.laws import check_data, held_out_paths
+from jaxwalk.evidence.statistics import mean_interval
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import Transformer
 from jaxwalk.probes.attribution import gradient_attribution, occlusion
 from jaxwalk.probes.decomposition import TOLERANCE, DecompositionError, decompose, decompose_steps, log_prob_readout
@@ -230,7 +231,7 @@ def _see(model: Transformer, rows: Int[np.ndarray, "n N"]) -> _Seen:
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Spearman's rho of each row of [n, T]; 0 where a row has no order."""
-    ranks = [np.stack([average_ranks(row) for row in x]) for x in (a, b)]
+    ranks = [stats.rankdata(x, axis=1) for x in (a, b)]
     ranks = [x - x.mean(1, keepdims=True) for x in ranks]
     size = np.sqrt((ranks[0] ** 2).sum(1) * (ranks[1] ** 2).sum(1))
     return (ranks[0] * ranks[1]).sum(1) / np.where(size > 0, size, 1)

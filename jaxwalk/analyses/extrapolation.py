@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._statistics import batches, resampled_means
-from jaxwalk.analyses._subject import Subject
 from jaxwalk.analyses.cloud import check_position
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.statistics import batches, resampled_means
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import Transformer
 
 FLOATS = 1 << 22

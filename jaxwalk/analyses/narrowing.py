@@ -22,10 +22,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.analyses._finding import Figure, Finding, Series
-from jaxwalk.analyses._laws import batch_size, check_data, held_out_paths, in_batches, observe
-from jaxwalk.analyses._statistics import bootstrap, mean_interval
-from jaxwalk.analyses._subject import Subject
+from jaxwalk.evidence.finding import Figure, Finding, Series
+from jaxwalk.evidence.laws import batch_size, check_data, held_out_paths, in_batches, observe
+from jaxwalk.evidence.statistics import bootstrap, mean_interval
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import State, Transformer, init_state, step
 from jaxwalk.paths import continuations
 from jaxwalk.worlds import HiddenMarkov

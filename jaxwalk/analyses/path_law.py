@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._laws import (
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.laws import (
     EDGES,
     NGram,
     Steps,
@@ -28,8 +28,8 @@ from jaxwalk.analyses._laws import (
     held_out_paths,
     observe,
 )
-from jaxwalk.analyses._statistics import bootstrap, g_test, mean_interval
-from jaxwalk.analyses._subject import Subject
+from jaxwalk.evidence.statistics import bootstrap, g_test, mean_interval
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import Transformer
 from jaxwalk.paths import continuations, enumerated_log_probs, next_log_probs, sample_paths
 

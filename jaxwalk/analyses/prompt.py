@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._subject import Subject
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import Transformer
 from jaxwalk.model.inputs import check_tokens
 from jaxwalk.paths import (

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._statistics import batches, percentiles, resampled_means
-from jaxwalk.analyses._subject import Subject
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.statistics import batches, percentiles, resampled_means
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.filters import Embed, LayerNorm, LearnedPositions, Linear, Norm, SinusoidalPositions, Unembed
 from jaxwalk.model import Layer, Layers, Transformer
 

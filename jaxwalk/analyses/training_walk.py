@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from jaxwalk import analyses
-from jaxwalk.analyses._finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.analyses._subject import Subject
 from jaxwalk.checkpoint import CheckpointError
 from jaxwalk.config import ConfigError, unknown
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.subject import Subject
 
 CLAIM = "C2, C8: training moves the law of paths, and the arrangement of vectors that makes it, towards the data's."
 BY_DEFAULT = ("path_law.excess_loss", "path_law.loss", "belief_geometry.r2")

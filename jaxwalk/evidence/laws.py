@@ -12,9 +12,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.analyses._finding import NotApplicable
-from jaxwalk.analyses._statistics import batches
-from jaxwalk.analyses._subject import Subject
+from jaxwalk.evidence.finding import NotApplicable
+from jaxwalk.evidence.statistics import batches
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import Transformer
 from jaxwalk.paths import next_log_probs
 

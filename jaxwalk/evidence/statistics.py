@@ -3,13 +3,13 @@
 Positions of one path are not independent, so paths are what is resampled.
 """
 
-import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import stats
 
-from jaxwalk.analyses._finding import NotApplicable
+from jaxwalk.evidence.finding import NotApplicable
 
 RESAMPLES = 1000
 
@@ -116,24 +116,6 @@ def permute_within(groups: Int[np.ndarray, " n"], rng: np.random.Generator) -> I
     return permutation
 
 
-def average_ranks(x: np.ndarray) -> Float[np.ndarray, " n"]:
-    """Ranks of the entries of x [n], from 0; entries that tie share the mean of their ranks."""
-    _, index, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[index]
-
-
-def chi_square_tail(x: float, dof: int) -> float:
-    """P(X >= x) for a chi-square X with `dof` degrees of freedom, by the recursion of the incomplete gamma function."""
-    if x <= 0:
-        return 1.0
-    half = x / 2
-    a, tail = (1.0, math.exp(-half)) if dof % 2 == 0 else (0.5, math.erfc(math.sqrt(half)))
-    while a < dof / 2:  # Q(a + 1, h) = Q(a, h) + h^a exp(-h) / Gamma(a + 1)
-        tail += math.exp(a * math.log(half) - half - math.lgamma(a + 1))
-        a += 1
-    return min(tail, 1.0)
-
-
 def g_test(counts: np.ndarray, law: np.ndarray, least: float = 5.0) -> tuple[float, int, float]:
     """Likelihood-ratio test of `counts` [n] against the probabilities `law` [n]: G, degrees of freedom, p-value.
 
@@ -155,6 +137,5 @@ def g_test(counts: np.ndarray, law: np.ndarray, least: float = 5.0) -> tuple[flo
     counts, expected = np.add.reduceat(counts, starts), np.add.reduceat(expected, starts)
     if len(counts) < 2:
         raise NotApplicable(f"g_test: expected two cells with {least:g} expected counts, got one. Sample more paths.")
-    seen = counts > 0
-    G = 2 * float(np.sum(counts[seen] * np.log(counts[seen] / expected[seen])))
-    return G, len(counts) - 1, chi_square_tail(G, len(counts) - 1)
+    G, p = stats.power_divergence(counts, expected, lambda_="log-likelihood")
+    return float(G), len(counts) - 1, float(p)

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxwalk import checkpoint, pretrained, text
-from jaxwalk.analyses._finding import NotApplicable
 from jaxwalk.config import ConfigError
+from jaxwalk.evidence.finding import NotApplicable
 from jaxwalk.model import Transformer, init, plain
 from jaxwalk.model.inputs import check_tokens
 
