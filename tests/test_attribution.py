@@ -56,6 +56,13 @@ def test_integrated_gradients_in_float32():
         assert abs(result.gap) < 1e-3 * max(abs(float(result.whole)), 0.1)
 
 
+@pytest.mark.parametrize("method", AGAINST_BASELINE)
+def test_in_bfloat16_near_what_it_is_in_float32(method):
+    model = model_of()
+    near, exact = method(jw.astype(model, jnp.bfloat16), TOKENS, 1), method(model, TOKENS, 1)
+    np.testing.assert_allclose(near.by_token, exact.by_token, atol=0.05 * np.abs(exact.by_token).max() + 0.02)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_occlusion_and_gradient_are_what_they_are_called(name, x64):
     model = model64(name)

@@ -325,6 +325,28 @@ def test_traced_positions_and_ids_out_of_range_are_nan():
     assert np.isnan(jax.jit(lambda token: d.logit_readout(model, token))(-1).direction).all()
 
 
+def test_a_move_whose_parts_cancel_is_exact():
+    """The error of a sum is of the size of its parts, which the sum may be far below."""
+    model = model_of()
+    aggregate = model.layers[1].aggregate
+    heads = aggregate.qkv.weight.shape[1] // 3 // aggregate.head_width
+    same = jnp.tile(aggregate.qkv.weight.reshape(D, 3, heads, -1)[:, :, :1], (1, 1, heads, 1)).reshape(D, -1)
+    signs = jnp.repeat(jnp.array([1.0, -1.0] * (heads // 2)), D // heads)[:, None]
+    out = signs * jnp.tile(aggregate.out.weight[: D // heads], (heads, 1)) * (1 + 1e-6)
+    cancelling = dataclasses.replace(
+        aggregate,
+        qkv=dataclasses.replace(aggregate.qkv, weight=same, bias=0 * aggregate.qkv.bias),
+        out=dataclasses.replace(aggregate.out, weight=out, bias=0 * aggregate.out.bias),
+    )
+    model = model.with_layer(1, aggregate=cancelling)
+    parts = d.decompose_heads(model, TOKENS, 1)
+    size = np.linalg.norm(parts.by_head, axis=-1).sum()
+    assert np.linalg.norm(parts.whole) < 1e-5 * size
+    assert parts.error < 1e-6
+    with pytest.raises(ValueError, match=r"along: expected directions \[n, 16\], got shape \(2, 15\)"):
+        d.decompose(model, TOKENS, along=jnp.ones((2, D - 1)))
+
+
 def test_what_is_not_affine_when_held_is_refused(monkeypatch):
     model = model_of()
     unknown = dataclasses.replace(model.layers[0], filter=_typed(model.layers[0].filter))

@@ -37,7 +37,8 @@ def test_patches_one_by_one():
     other = log_prob(model, TOKENS, vectors=vectors) - log_prob(model, TOKENS)
     np.testing.assert_allclose(effects[0, 1], other, rtol=1e-4, atol=1e-5)
     own = sweep(model, TOKENS, walk(model, TOKENS).stations)
-    np.testing.assert_allclose(own, 0, atol=1e-5)
+    np.testing.assert_array_equal(own, 0)  # not to rounding: the baseline is of the same program
+    np.testing.assert_array_equal(jw.nudge_effects(model, TOKENS, 0 * stations), 0)
     # The last station of the first position is read by the step after it alone, which is given.
     np.testing.assert_allclose(effects[4, 0], 0, atol=1e-5)
     assert np.abs(effects[:4, :-1]).max() > 1e-2
@@ -65,7 +66,7 @@ def test_heads_one_by_one():
         alone = log_prob(model, TOKENS, mixing={layer: A}) - log_prob(model, TOKENS)
         np.testing.assert_allclose(effects[layer, head], alone, rtol=1e-4, atol=1e-5)
     assert effects[1, 0] == pytest.approx(0, abs=1e-5)  # a causal mean made a causal mean
-    np.testing.assert_allclose(sweep(model, TOKENS, lambda A: A)[jnp.array([0, 2])], 0, atol=1e-5)
+    np.testing.assert_array_equal(sweep(model, TOKENS, lambda A: A)[jnp.array([0, 2])], 0)
 
 
 def test_batched_as_alone():
@@ -86,5 +87,10 @@ def test_bad_input():
         unchecked(lambda nudge: jw.nudge_effects(model, TOKENS, nudge))(normal(0, 4, 5, 16))
     with pytest.raises(ValueError, match=r"replacement: expected shape \(4, 4, 4\)"):
         unchecked(lambda f: jw.mixing_effects(model, TOKENS, f))(lambda A: A[:, :-1])
+    for sweep in (jw.patch_effects, jw.nudge_effects):
+        with pytest.raises(ValueError, match=r"given: expected an integer from 1 to 5 .* got 0"):
+            sweep(model, TOKENS, normal(0, 5, 5, 16), given=0)
+    with pytest.raises(ValueError, match=r"given: expected an integer from 1 to 5 .* got 6"):
+        jw.mixing_effects(model, TOKENS, flat, given=6)
     with pytest.raises(ValueError, match="expected ids from 0 to 4"):
         jw.patch_effects(model, np.array([1, 4, 0, 2, 7]), normal(0, 5, 5, 16))

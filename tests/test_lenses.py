@@ -86,6 +86,16 @@ def test_the_jacobian_lens_of_a_walk_that_stands_still_is_the_identity():
     np.testing.assert_array_equal(lens.bias, 0)
 
 
+def test_the_jacobian_lens_of_equal_paths_is_that_of_one_in_bfloat16_too():
+    """Sums of many equal terms in bfloat16 stop growing."""
+    model = jw.astype(model_of(0.3), jnp.bfloat16)
+    one, many = (lenses.jacobian_lens(model, np.stack([TOKENS] * n), np.full(n, 3)) for n in (1, 600))
+    np.testing.assert_allclose(many.weight, one.weight, rtol=1e-3, atol=1e-4)
+    for at in (np.array([6]), np.array([-7])):
+        with pytest.raises(ValueError, match="at: expected from"):
+            lenses.jacobian_lens(model, TOKENS[None], at)
+
+
 def test_least_squares_recovers_planted_maps(x64):
     rng = np.random.default_rng(0)
     weight, bias = rng.normal(size=(2, 6, 6)), rng.normal(size=(2, 6))

@@ -1,5 +1,6 @@
 """Laws of paths: probabilities that sum to one, samples of the law, exact search, estimates that say their error."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -60,10 +61,12 @@ def test_a_path_is_the_product_of_its_steps():
         np.testing.assert_allclose(score, steps[given - 1 :].sum(), atol=1e-5)
     batch = jax.jit(jax.vmap(jw.path_log_prob, (None, 0)))(m, np.stack([tokens, tokens[::-1]]))
     np.testing.assert_allclose(batch[0], steps.sum(), atol=1e-5)
+    each_given = jax.vmap(jw.path_log_prob, (None, None, 0))(m, tokens, np.array([1, 3, 7, 8]))
+    np.testing.assert_allclose(each_given, [steps.sum(), steps[2:].sum(), 0, np.nan], atol=1e-5)
     np.testing.assert_allclose(jw.path_log_prob(m, tokens.tolist()), steps.sum(), atol=1e-5)  # eager, from a list
     assert jw.path_log_prob(m, tokens[:1]) == 0
     for given in (0, 8, -1):
-        with pytest.raises(ValueError, match=rf"given: expected from 1 to 7 \(the path's length\), got {given}"):
+        with pytest.raises(ValueError, match=rf"given: expected an integer from 1 to 7 \(.*\), got {given}"):
             jw.path_log_prob(m, tokens, given=given)
 
 
@@ -343,6 +346,20 @@ def test_a_tilted_law_sees_rare_events(monkeypatch):
     assert np.abs(z).max() < 4
 
 
+def test_tokens_that_cannot_come_have_no_entropy(monkeypatch):
+    m = model()
+    bias = jnp.array([-jnp.inf, *[0.0] * (V - 1)])
+    m = dataclasses.replace(m, unembed=dataclasses.replace(m.unembed, bias=bias))
+    rows = np.array(list(itertools.product(range(1, V), repeat=3)))
+    full = np.concatenate([np.broadcast_to(PROMPT, (len(rows), 2)), rows], 1)
+    log_probs = jax.jit(jax.vmap(functools.partial(jw.path_log_prob, m, given=2)))(full)
+    expected = -(np.exp(log_probs) * log_probs).sum()
+    np.testing.assert_allclose(jw.path_entropy(m, PROMPT, 3).value, expected, rtol=1e-5)
+    monkeypatch.setattr("jaxwalk.paths.estimates.ENUMERABLE", 1)
+    sampled = jw.path_entropy(m, PROMPT, 3, key=jax.random.key(0), samples=512)
+    assert abs(sampled.value - expected) < 4 * sampled.standard_error
+
+
 def test_prompts_are_batched_with_vmap():
     prompts = np.array([[1, 0], [2, 2]])
 
@@ -380,6 +397,9 @@ def test_bad_requests_raise():
         (lambda: jw.top_paths(m, PROMPT, 0, 1), "steps: expected at least 1, got 0"),
         (lambda: jw.top_paths(m, PROMPT, 1, 0), "k: expected at least 1 path, got 0"),
         (lambda: jw.path_entropy(m, PROMPT, 6), r"within max_length \+ 1"),
+        (lambda: jw.event_probability(m, PROMPT, 2, jw.visits(99)), "visits: expected token ids from 0 to 2, got 99"),
+        (lambda: jw.path_entropy(m, PROMPT, 2, proposal=jw.Tilt((99,), 1.0)), "Tilt: expected token ids .* got 99"),
+        (lambda: jw.path_log_prob(m, PROMPT, given=3), "given: expected an integer from 1 to 2 .* got 3"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -14,6 +14,8 @@ import pytest
 
 from jaxwalk import report
 from jaxwalk.analyses import Figure, Finding, Series
+from jaxwalk.report import _plots
+from jaxwalk.report._layout import lay_out
 
 HOSTILE = (
     "</script><script>alert(1)</script>",
@@ -270,7 +272,7 @@ def test_missing_numbers_are_gaps(tmp_path):
 
 def test_step_zero_keeps_its_place_on_a_logarithmic_axis():
     arrays = {"y": np.array([3.0, 2.0, 1.0]), "x": np.array([0, 10, 1000])}
-    layout = report._lay_out(Figure("f", "t", "x", "y", (Series("a", "y", "x"),), log_x=True), arrays)
+    layout = lay_out(Figure("f", "t", "x", "y", (Series("a", "y", "x"),), log_x=True), arrays)
     drawn = layout.panels[0].marks[0].x
     assert 0 < drawn[0] < 10
     assert (float(drawn[0]), "0") in layout.panels[0].x.ticks
@@ -278,14 +280,14 @@ def test_step_zero_keeps_its_place_on_a_logarithmic_axis():
 
 def test_a_failure_of_one_renderer_is_told_and_costs_nothing_else(tmp_path, monkeypatch):
     good = finding()
-    real = report._interactive
+    real = _plots.interactive_figure
 
     def fails(layout):
         if layout.figure.title == "Bars":
             raise RuntimeError("no bars today")
         return real(layout)
 
-    monkeypatch.setattr(report, "_interactive", fails)
+    monkeypatch.setattr(_plots, "interactive_figure", fails)
     result = report.write([good], {}, tmp_path, title="t")
     assert ["no bars today" in notice for notice in result.notices] == [True]
     page = (tmp_path / "report.html").read_text("utf-8")
@@ -306,7 +308,7 @@ def test_figures_of_one_name_and_names_that_are_no_file_names(tmp_path):
 def test_bars_over_recurring_names_stay_apart():
     arrays = {"y": np.arange(3.0), "names": np.array(["a", "a", "b"])}
     figure = Figure("f", "t", "x", "y", (Series("p", "y", "names", "bars"), Series("q", "y", "names", "bars")))
-    panel = report._lay_out(figure, arrays).panels[0]
+    panel = lay_out(figure, arrays).panels[0]
     assert [name for _, name in panel.x.ticks] == ["a", "a", "b"]
     assert len({*panel.marks[0].x, *panel.marks[1].x}) == 6
 

@@ -27,6 +27,7 @@ from tests.conftest import model_of
 with install_import_hook("jaxwalk", "beartype.beartype"):
     from jaxwalk import text
     from jaxwalk.config import ConfigError, TextData
+    from jaxwalk.text import _encoding, build, corpora
 
 pytest.importorskip("tokenizers")
 datasets = pytest.importorskip("datasets")
@@ -189,14 +190,14 @@ def test_bpe_has_the_size_asked_for_or_says_why_not():
         text.BPEVocabulary.train(["ok", "\ud800"], 300)
 
 
-def test_bpe_of_a_long_text_in_pieces_is_bpe_of_the_whole(monkeypatch):
+def test_bpe_of_a_long_text_in_chunks_is_bpe_of_the_whole(monkeypatch):
     samples = [arbitrary(s, 3000) for s in range(5)] + ["".join(stories(30)), "a \n\nb\n c\n\nd\n" * 50, "x" * 500]
     whole, trained = bpe().encode_all(samples), text.BPEVocabulary.train(samples, 300)
-    monkeypatch.setattr(text, "_PIECE", 7)
-    monkeypatch.setattr(text, "_GROUP", 50)
-    assert len(list(text._pieces(samples[5]))) > 20
+    monkeypatch.setattr(_encoding, "_CHUNK_SIZE", 7)
+    monkeypatch.setattr(_encoding, "_GROUP_SIZE", 50)
+    assert len(list(_encoding.chunk_text(samples[5]))) > 20
     for tokens, sample in zip(whole, samples, strict=True):
-        assert "".join(text._pieces(sample)) == sample
+        assert "".join(_encoding.chunk_text(sample)) == sample
         np.testing.assert_array_equal(bpe().encode(sample), tokens)
     assert text.BPEVocabulary.train(samples, 300) == trained
 
@@ -323,7 +324,7 @@ def test_no_network_is_said_soon_with_the_offline_choices(tmp_path, online, monk
 
 
 def test_a_hub_that_never_answers_is_given_up_soon(online, monkeypatch):
-    monkeypatch.setattr(text, "_HUB_TIMEOUT", 0.5)
+    monkeypatch.setattr(corpora, "_HUB_TIMEOUT", 0.5)
     start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         online(f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -390,7 +391,7 @@ def test_hub_datasets_streamed_or_not_are_the_same_documents(on_the_hub):
 
 @pytest.mark.parametrize("vocab_size", [257, 300])
 def test_a_stream_fills_the_store_up_to_max_tokens(on_the_hub, tmp_path, monkeypatch, vocab_size):
-    monkeypatch.setattr(text, "_GROUP", 500)
+    monkeypatch.setattr(_encoding, "_GROUP_SIZE", 500)
     tokenizer = "bytes" if vocab_size == 257 else "bpe"
     choices = {"tokenizer": tokenizer, "vocab_size": vocab_size, "streaming": True, "validation": 0.25}
     store = text.open_store(TextData(**HUB, **choices, max_tokens=4000, store=str(tmp_path / "stores")))
@@ -464,7 +465,7 @@ def test_a_single_document_is_cut_in_two(tmp_path):
 def test_a_store_is_made_once(config, monkeypatch):
     lines: list[str] = []
     first = text.open_store(config)
-    monkeypatch.setattr(text, "documents", lambda config: pytest.fail("read the corpus again"))
+    monkeypatch.setattr(build, "documents", lambda config: pytest.fail("read the corpus again"))
     again = text.open_store(config, report=lines.append)
     assert again.fingerprint == first.fingerprint
     np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
@@ -532,7 +533,7 @@ def test_an_interrupted_build_leaves_nothing(config, tmp_path, monkeypatch):
         yield from stories(5)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(text, "documents", interrupted)
+    monkeypatch.setattr(build, "documents", interrupted)
     with pytest.raises(KeyboardInterrupt):
         text.open_store(config)
     assert list((tmp_path / "stores").iterdir()) == []
@@ -546,8 +547,8 @@ def test_bpe_is_trained_on_training_documents_only(config):
 
 
 def test_progress_is_reported(config, monkeypatch):
-    monkeypatch.setattr(text, "_REPORT_EVERY", 1000)
-    monkeypatch.setattr(text, "_GROUP", 500)
+    monkeypatch.setattr(build, "_REPORT_EVERY", 1000)
+    monkeypatch.setattr(_encoding, "_GROUP_SIZE", 500)
     lines: list[str] = []
     text.open_store(config, report=lines.append)
     assert len(lines) >= 3
@@ -767,7 +768,7 @@ def test_pieces_without_a_begin_of_path_token(tmp_path):
     [
         (1, "x" * 900, "length: expected from 2 to 64"),
         (65, "x" * 900, "length: expected from 2 to 64"),
-        (None, "x" * 90, "expected at least 10 pieces of 16 tokens, of which one in 4 is for nulls, got 5"),
+        (None, "x" * 90, "expected at least 10 pieces of 16 tokens, of which one in 4 is for fitting nulls, got 5"),
         (None, "", "got 0"),
     ],
 )

@@ -373,6 +373,10 @@ def test_bfloat16_is_near(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(m)} == {jnp.dtype(jnp.bfloat16)}
     law, exact = jax.jit(jw.next_log_probs)(m, TOKENS), jax.jit(jw.next_log_probs)(model(name), TOKENS)
     assert law.dtype == jnp.float32
+    nudge = jnp.zeros((m.stations, T, m.width))  # float32, taken in bfloat16
+    where = jnp.zeros((m.stations, T), bool)
+    nothing = jw.path_log_prob(m, TOKENS, nudge=nudge, patch=(where, nudge))
+    assert nothing == jw.path_log_prob(m, TOKENS, nudge=nudge.astype(jnp.bfloat16))
     assert m.walk(TOKENS).stations.dtype == jnp.bfloat16
     assert np.abs(law - exact).mean() < 0.15
     assert jw.astype(m, jnp.float32).token_vectors.dtype == jnp.float32
@@ -524,7 +528,8 @@ def test_bad_options_raise():
     for options, message in (
         ({"record_mixing": (2,)}, r"record_mixing: expected layers from 0 to 1, got \[2\]"),
         ({"mixing": {-1: jnp.ones((1, T, T))}}, r"mixing: expected layers from 0 to 1, got \[-1\]"),
-        ({"mixing": {0: jnp.ones((4, T, T + 1))}}, r"mixing\[0\]: expected shape \(any, 8, 8\) for this path"),
+        ({"mixing": {0: jnp.ones((4, T, T + 1))}}, r"mixing\[0\]: expected shape \(4, 8, 8\) for this path"),
+        ({"mixing": {0: jnp.ones((1, T, T))}}, r"mixing\[0\]: expected shape \(4, 8, 8\) .* got \(1, 8, 8\)"),
         ({"nudge": jnp.ones((4, T, 16))}, r"nudge: expected shape \(5, 8, 16\) for this path, got \(4, 8, 16\)"),
         ({"nudge": jnp.ones((5, 1, 16))}, r"nudge: expected shape \(5, 8, 16\)"),
         ({"patch": (jnp.ones((5, 1), bool), jnp.ones((5, T, 16)))}, r"patch\[0\]: expected shape \(5, 8\)"),
@@ -532,6 +537,8 @@ def test_bad_options_raise():
         ({"mixing": {0: lambda A: A[0]}}, r"mixing\[0\] as a function: expected shape \(4, 8, 8\)"),
         ({"vectors": jnp.ones((T, 15))}, r"vectors: expected shape \(8, 16\)"),
         ({"segments": jnp.ones(T + 1, int)}, r"segments: expected shape \(8,\)"),
+        ({"segments": np.full(T, np.nan)}, r"segments: expected integers, .* got float64"),
+        ({"segments": np.full(T, -1)}, r"segments: expected documents counted from 1, and 0 for padding, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             unchecked(lambda o: m.walk(TOKENS, **o))(options)
@@ -557,6 +564,11 @@ def test_traced_ids_out_of_range_are_nan(name):
     assert np.isnan(score(model(name), jnp.array([1, 2, 5])))  # scored, not walked
     assert np.isnan(score(model(name), jnp.array([1, 2, -1])))
     assert np.isnan(score(model(name), jnp.array([-1, 2, 1])))
+    # Unsigned ids cannot be -1, which stands for an id out of range.
+    np.testing.assert_array_equal(jax.jit(jw.next_log_probs)(model(name), jnp.array([1, 2, 255, 255], np.uint8)), law)
+    gradient = jax.jit(jw.path_gradient)
+    assert np.isnan(gradient(model(name), TOKENS, jnp.array(0))).any()
+    assert np.isfinite(gradient(model(name), TOKENS, jnp.array(1))).all()
 
 
 def test_steps_beyond_the_length_are_nan():

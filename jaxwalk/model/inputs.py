@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Integer
 
 Tree = TypeVar("Tree")
-Tokens = Int[Array, " T"] | Int[np.ndarray, " T"] | Sequence[int]
-Segments = Int[Array, " T"] | Int[np.ndarray, " T"]
-Index = int | Int[Array, ""] | Int[np.ndarray, ""] | np.integer
+Tokens = Integer[Array, " T"] | Integer[np.ndarray, " T"] | Sequence[int]
+Segments = Integer[Array, " T"] | Integer[np.ndarray, " T"]
+Index = int | Integer[Array, ""] | Integer[np.ndarray, ""] | np.integer
 
 SHORTEST = 16
 """The least length that a path is padded to."""
@@ -99,8 +99,11 @@ def check_token(model: Limits, token: Index) -> Any:
 
 
 def check_segments(segments: Segments | None, length: int) -> Any:
-    """`segments` as an int32 array, of numpy if they are concrete, or None. Raises ValueError unless they are `length`
-    integers."""
+    """`segments` as an int32 array, of numpy if they are concrete, or None.
+
+    Raises:
+        ValueError: unless they are `length` integers, none of them negative.
+    """
     if segments is None:
         return None
     segments = segments if isinstance(segments, jax.Array) else np.asarray(segments)
@@ -111,7 +114,10 @@ def check_segments(segments: Segments | None, length: int) -> Any:
         )
     if isinstance(segments, jax.core.Tracer):
         return segments.astype(jnp.int32)
-    return np.asarray(segments).astype(np.int32)
+    ids = np.asarray(segments)
+    if (ids < 0).any():
+        raise ValueError(f"segments: expected documents counted from 1, and 0 for padding, got {ids.min()}.")
+    return ids.astype(np.int32)
 
 
 def check_shape(what: str, array: Any, expected: tuple[int | None, ...]) -> None:
@@ -140,6 +146,16 @@ def check_index(what: str, index: Index, size: int, *, from_end: bool = True) ->
         return np.int32(number % size)
     index = index.astype(jnp.int32)
     return jnp.where((index >= least) & (index < size), index % size, -1)
+
+
+def check_given(given: Index, length: int) -> Any:
+    """`given`, how many of a path's `length` tokens are given. Raises ValueError unless it is from 1 to `length`."""
+    if isinstance(given, jax.core.Tracer):
+        return given
+    number = np.asarray(given)
+    if number.ndim or not np.issubdtype(number.dtype, np.integer) or not 1 <= number <= length:
+        raise ValueError(f"given: expected an integer from 1 to {length} (the path's length), got {given!r}.")
+    return np.int32(number)
 
 
 # Padding.

@@ -339,7 +339,9 @@ def check_mixing(model: Transformer, length: int, mixing: Mapping[int, Mixing], 
             raise ValueError(f"{what}: expected layers from 0 to {model.depth - 1}, got {sorted(layers)}.")
     for number, A in mixing.items():
         if not callable(A):
-            check_shape(f"mixing[{number}]", A, (None, length, length))
+            x = jax.ShapeDtypeStruct((length, model.width), model.embed.table.dtype)
+            expected = jax.eval_shape(model.layers[number].aggregate.mixing, x)
+            check_shape(f"mixing[{number}]", A, expected.shape)
 
 
 def encoding_walk(

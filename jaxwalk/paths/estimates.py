@@ -17,7 +17,7 @@ from jaxwalk.filters import Key, indices
 from jaxwalk.model.inputs import Path, Tokens, is_traced, padded_length
 from jaxwalk.model.transformer import Transformer
 from jaxwalk.paths.law import entropy, laws, scores
-from jaxwalk.paths.sampling import Proposal, check_ids, check_prompt, room_for, sampled
+from jaxwalk.paths.sampling import Proposal, Tilt, check_ids, check_prompt, room_for, sampled
 
 ENUMERABLE = 1 << 16
 """How many continuations are enumerated, where exactness is possible, before estimates take over."""
@@ -102,6 +102,7 @@ def path_entropy(
         ValueError: for a prompt that leaves no room for `steps` tokens, and a missing key.
     """
     path = check_prompt(model, prompt, steps)
+    _check_proposal(model, proposal)
     if _enumerable(model, steps):
         after = continuations(model.vocab_size, steps)
         return _enumerated_entropy(*_arguments(model, path, steps), after)
@@ -144,6 +145,7 @@ def event_probability(
     path = check_prompt(model, prompt, steps)
     if isinstance(event, Visits):
         check_ids("visits", event.ids, model.vocab_size)
+    _check_proposal(model, proposal)
     if _enumerable(model, steps):
         after = continuations(model.vocab_size, steps)
         return _enumerated_event(*_arguments(model, path, steps), after, event=event)
@@ -163,6 +165,11 @@ class _Sampling(NamedTuple):
 
 def _enumerable(model: Transformer, steps: int) -> bool:
     return steps * math.log(model.vocab_size) <= math.log(ENUMERABLE) + 1e-9
+
+
+def _check_proposal(model: Transformer, proposal: Proposal | None) -> None:
+    if isinstance(proposal, Tilt):
+        check_ids("Tilt", proposal.ids, model.vocab_size)
 
 
 def _check_samples(model: Transformer, key: Key | None, steps: int, samples: int) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxwalk.filters import indices, wide
-from jaxwalk.model.inputs import Segments, Tokens, check_shape, cut, prepare
+from jaxwalk.model.inputs import Index, Segments, Tokens, check_given, check_shape, cut, prepare
 from jaxwalk.model.layer import Interventions
 from jaxwalk.model.mixing import Functions, Matrices, Mixing, plan
 from jaxwalk.model.transformer import Patch, Transformer, check_mixing, checked_interventions
@@ -46,7 +46,7 @@ def laws(model: Transformer, tokens: Int[Array, " T"], segments: Int[Array, " T"
 def path_log_prob(
     model: Transformer,
     tokens: Tokens,
-    given: Any = 1,
+    given: Index = 1,
     nudge: Float[Array, "S T D"] | None = None,
     segments: Segments | None = None,
     *,
@@ -62,7 +62,8 @@ def path_log_prob(
         given: at least 1, as a model has no law for the first token (a begin-of-path token is a given one).
         nudge: [S, T, D], added at each station of the walk.
         segments: [T], the document of each position. Steps into padding (0) or across a border are not scored.
-        patch, vectors, mixing: the interventions of `Transformer.walk`, over all T positions.
+        patch, vectors, mixing: the interventions of `Transformer.walk`, over all T positions; a function in `mixing`
+            is called with the matrix [G, T-1, T-1] of the positions that are walked.
 
     Returns:
         [], at most 0; NaN for traced tokens or a traced `given` out of range.
@@ -76,7 +77,7 @@ def path_log_prob(
 def step_log_probs(
     model: Transformer,
     tokens: Tokens,
-    given: Any = 1,
+    given: Index = 1,
     nudge: Float[Array, "S T D"] | None = None,
     segments: Segments | None = None,
     *,
@@ -108,8 +109,7 @@ def _scored(
     exact = any(callable(A) for A in mixing.values())  # a function of a matrix must see its true size
     path = prepare(model, tokens, segments, nudge, patch, vectors, mixing, longest=model.max_length + 1, exact=exact)
     T = path.length
-    if not isinstance(given, jax.core.Tracer) and not 1 <= int(given) <= T:
-        raise ValueError(f"given: expected from 1 to {T} (the path's length), got {given}.")
+    given = check_given(given, T)
     edits = checked_interventions(model, T, nudge, patch)
     check_shape("vectors", vectors, (T, model.width))
     check_mixing(model, T, mixing, ())
@@ -162,7 +162,8 @@ def scores(
         scored &= indices(1, len(tokens)) < count
     terms = jnp.where(scored, terms, 0)
     longest = len(tokens) if count is None else count
-    return jnp.where((given >= 1) & (given <= longest), terms, jnp.nan)
+    # A product, so that derivatives are NaN too.
+    return terms * jnp.where((given >= 1) & (given <= longest), 1, jnp.nan)
 
 
 def log_probs_of(model: Transformer, context: Float[Array, "N D"], tokens: Int[Array, " N"]) -> Float[Array, " N"]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxwalk.aggregates._contract import documents_of
 from jaxwalk.model.build import plain
-from jaxwalk.model.inputs import Segments, Tokens, check_shape, prepare
+from jaxwalk.model.inputs import Index, Segments, Tokens, check_given, check_shape, prepare
 from jaxwalk.model.layer import Interventions, each_position
 from jaxwalk.model.mixing import Matrices, Mixer
 from jaxwalk.model.transformer import Transformer, Walk
@@ -22,7 +22,7 @@ from jaxwalk.paths.law import scores
 
 
 def path_gradient(
-    model: Transformer, tokens: Tokens, given: Any = 1, segments: Segments | None = None
+    model: Transformer, tokens: Tokens, given: Index = 1, segments: Segments | None = None
 ) -> Float[Array, "T D"]:
     """d log P(path | the first `given` tokens) / d token vectors, in nats per unit of embedding space.
 
@@ -37,9 +37,10 @@ def path_gradient(
         segments: [T], the document of each position.
 
     Raises:
-        ValueError: for tokens that are no path of the model.
+        ValueError: for tokens that are no path of the model, and a `given` that is not from 1 to T.
     """
     path = prepare(model, tokens, segments, longest=model.max_length + 1)
+    given = check_given(given, path.length)
     return path.cut(_path_gradient(model, path.tokens, given, path.count, path.segments))
 
 
@@ -58,7 +59,7 @@ def _path_gradient(model: Transformer, tokens: Array, given: Any, count: Array, 
 def station_gradient(
     model: Transformer,
     tokens: Tokens,
-    given: Any = 1,
+    given: Index = 1,
     segments: Segments | None = None,
     *,
     of: Callable[[Walk], Float[Array, ""]] | None = None,
@@ -72,12 +73,13 @@ def station_gradient(
             function object again to reuse it.
 
     Raises:
-        ValueError: for tokens that are no path of the model.
+        ValueError: for tokens that are no path of the model, and a `given` that is not from 1 to T.
     """
     if of is not None:  # a function of the walk must see its true length
         path = prepare(model, tokens, segments, exact=True)
         return _station_gradient_of(model, path.tokens, path.segments, of=of)
     path = prepare(model, tokens, segments, longest=model.max_length + 1)
+    given = check_given(given, path.length)
     return path.cut(_station_gradient(model, path.tokens, given, path.count, path.segments), 1)
 
 

@@ -4,7 +4,7 @@ An intervention is an argument of the walk (`nudge`, `patch`, `mixing`) and its 
 `path_log_prob`, in nats, given the first tokens of the path. These functions make it everywhere, each in one compiled
 program, against a baseline of the same program that changes nothing, so that a change that changes nothing has no
 effect at all. Effects at different places do not sum to the effect of both. All raise ValueError for tokens that are
-no path of the model, and are batched with `jax.vmap`.
+no path of the model and for a `given` that is not from 1 to T, and are batched with `jax.vmap`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxwalk._loops import map_in_batches
 from jaxwalk.filters import indices
-from jaxwalk.model.inputs import Path, Tokens, check_shape, prepare
+from jaxwalk.model.inputs import Index, Path, Tokens, check_given, check_shape, prepare
 from jaxwalk.model.layer import Interventions, Layer
 from jaxwalk.model.mixing import Matrices
 from jaxwalk.model.transformer import Transformer
@@ -28,7 +28,7 @@ BATCH = 16
 
 
 def patch_effects(
-    model: Transformer, tokens: Tokens, stations: Float[Array, "S T D"], given: Any = 1
+    model: Transformer, tokens: Tokens, stations: Float[Array, "S T D"], given: Index = 1
 ) -> Float[Array, "S T"]:
     """How log P(path | given) changes when one station at one position is replaced by that of `stations`.
 
@@ -43,6 +43,7 @@ def patch_effects(
         not matter.
     """
     path = _prepared(model, tokens, "stations", stations)
+    given = check_given(given, path.length)
     return path.cut(_patch_effects(model, path.tokens, given, path.count, path.pad(stations, 1)), 1)
 
 
@@ -55,7 +56,7 @@ def _patch_effects(model: Transformer, tokens: Array, given: Any, count: Array, 
 
 
 def nudge_effects(
-    model: Transformer, tokens: Tokens, nudge: Float[Array, "S T D"], given: Any = 1
+    model: Transformer, tokens: Tokens, nudge: Float[Array, "S T D"], given: Index = 1
 ) -> Float[Array, "S T"]:
     """How log P(path | given) changes when `nudge` is added at one station of one position.
 
@@ -72,6 +73,7 @@ def nudge_effects(
         [S, T], in nats. The column of the last token, which is not walked, is 0.
     """
     path = _prepared(model, tokens, "nudge", nudge)
+    given = check_given(given, path.length)
     return path.cut(_nudge_effects(model, path.tokens, given, path.count, path.pad(nudge, 1)), 1)
 
 
@@ -87,7 +89,7 @@ def mixing_effects(
     model: Transformer,
     tokens: Tokens,
     replacement: Callable[[Float[Array, "G T T"]], Float[Array, "G T T"]],
-    given: Any = 1,
+    given: Index = 1,
 ) -> Float[Array, "L G"]:
     """How log P(path | given) changes when the pattern of one head (or channel) of one layer is replaced.
 
@@ -102,6 +104,7 @@ def mixing_effects(
         [L, G], in nats. G is the most heads that a layer has; where a layer has fewer, NaN.
     """
     path = prepare(model, tokens, longest=model.max_length + 1, exact=True)
+    given = check_given(given, path.length)
     return _mixing_effects(model, path.tokens, given, replacement=replacement)
 
 
@@ -112,6 +115,7 @@ def _mixing_effects(model: Transformer, tokens: Array, given: Any, *, replacemen
         heads += [_heads(block.layer(member, 0), model.width) for member in range(len(block.period))] * block.repeats
     most = max(heads, default=0)
     before, after = tokens[:-1], tokens[1:]
+    possible = (given >= 1) & (given <= len(tokens))
 
     def score(place: Array) -> Array:
         def every(number: Any, A: Array) -> Array:
@@ -121,7 +125,7 @@ def _mixing_effects(model: Transformer, tokens: Array, given: Any, *, replacemen
             return jnp.where(chosen[:, None, None], other, A)
 
         terms = log_probs_of(model, model.walked(before, every=every).context, after)
-        return jnp.where(scored_steps(len(tokens), given), terms, 0).sum()
+        return jnp.where(scored_steps(len(tokens), given), terms, 0).sum() * jnp.where(possible, 1, jnp.nan)
 
     effects = _effects(score, model.depth * most).reshape(model.depth, most)
     return jnp.where(indices(most)[None] < jnp.array(heads, int).reshape(-1, 1), effects, jnp.nan)
