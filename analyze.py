@@ -1,155 +1,151 @@
-"""Analyse a trained model: python analyze.py runs/mess3 [--only proximity,narrowing] [--prompt "A B A"]
-A pretrained one:       python analyze.py HuggingFaceTB/SmolLM2-135M --prompt "Once upon" --text notes.txt
-Put runs side by side:  python analyze.py compare runs/mess3 runs/rrxor
+"""Analyse a trained model, a pretrained one, or put runs side by side:
+
+    python analyze.py runs/mess3 --only proximity,narrowing --prompt "A B A"
+    python analyze.py HuggingFaceTB/SmolLM2-135M --prompt "Once upon" --text notes.txt
+    python analyze.py compare runs/mess3 runs/rrxor
 
 Every finding is printed beside its null or exact reference, and written to the run's folder: analysis/report.html
 (one page, needs no network), findings.json, arrays/*.npz and figures/*.png, *.svg. For a pretrained model the folder is
 analysis/NAME here.
 """
 
-import argparse
+import dataclasses
 import json
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
+
+CONFIG = (tyro.conf.FlagCreatePairsOff,)
 
 
-def main() -> int:
-    """The command line. Returns the exit status."""
-    if sys.argv[1:2] == ["compare"]:
-        return compare(sys.argv[2:])
-    parser = argparse.ArgumentParser(
-        prog="analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "source",
-        help="a run's folder, or one step copied from its checkpoints/parameters; or a pretrained model: a folder, a "
-        ".safetensors or .gguf file, a repository on the Hugging Face hub",
-    )
-    parser.add_argument("--step", default="latest", help="a kept step's number, best, latest (default), or all")
-    parser.add_argument("--only", metavar="A,B", help="run these analyses only")
-    parser.add_argument(
-        "--scalars", metavar="A.X,B.Y", help="the numbers that training_walk follows, as analysis.number"
-    )
-    parser.add_argument(
-        "--set", metavar="A.OPTION=VALUE", action="append", default=[], help="an option of an analysis; may be repeated"
-    )
-    parser.add_argument("--prompt", help="a path to look at, in symbols of the model's vocabulary")
-    parser.add_argument("--text", metavar="FILE", help="a text to look at, in place of a run's own data")
-    parser.add_argument("--length", type=int, help="of the pieces that the text is cut in, in tokens")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="where to write; by default RUN/analysis (RUN/analysis/STEP for all); of a pretrained one analysis/NAME",
-    )
-    arguments = parser.parse_args()
-    only = [name.strip() for name in arguments.only.split(",")] if arguments.only else None
-    if arguments.step not in ("best", "latest", "all") and not arguments.step.isdigit():
-        parser.error(f"--step: expected a number, best, latest or all, got {arguments.step!r}")
+class UsageError(Exception):
+    """An option whose value the command line does not accept."""
 
-    from jaxwalk import analyses, pretrained
-    from jaxwalk.checkpoint import CheckpointError, Run
-    from jaxwalk.config import ConfigError
 
-    options: dict[str, dict[str, object]] = {}
-    if arguments.scalars:
-        scalars = tuple(name.strip() for name in arguments.scalars.split(","))
-        options["training_walk"] = {"scalars": scalars}
-    for setting in arguments.set:
-        where, equals, value = setting.partition("=")
-        name, dot, option = where.strip().partition(".")
-        if not equals or not dot:
-            parser.error(f"--set: expected ANALYSIS.OPTION=VALUE, got {setting!r}")
-        options.setdefault(name, {})[option] = parsed(value)
-    whole = True
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """The command line of an analysis."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """The folder of a run, or one step copied from its checkpoints/parameters; or a pretrained model: a folder, a file
+    (.safetensors, .gguf), or a repository on the Hugging Face hub."""
+    step: Annotated[str, tyro.conf.arg(metavar="N|best|latest|all")] = "latest"
+    """Which of the saved steps."""
+    only: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
+    """Run these analyses only."""
+    scalars: Annotated[str | None, tyro.conf.arg(metavar="A.X,B.Y")] = None
+    """The numbers that training_walk follows, as analysis.number."""
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="A.OPTION=VALUE")] = ()
+    """An option of an analysis; may be repeated."""
+    prompt: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """A path to look at, in symbols of the model's vocabulary."""
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """A text to look at, in place of a run's own data."""
+    length: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """The length of the pieces that the text is cut into."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where to write; by default RUN/analysis (RUN/analysis/STEP for all), or analysis/NAME for a pretrained model."""
+
+    def options(self) -> dict[str, dict[str, object]]:
+        """The options of each analysis, by its name."""
+        options: dict[str, dict[str, object]] = {}
+        if self.scalars:
+            options["training_walk"] = {"scalars": split(self.scalars)}
+        for setting in self.set:
+            place, equals, value = setting.partition("=")
+            name, dot, option = place.strip().partition(".")
+            if not equals or not dot:
+                raise UsageError(f"--set: expected ANALYSIS.OPTION=VALUE, got {setting!r}")
+            options.setdefault(name, {})[option] = parse_value(value)
+        return options
+
+    def steps(self) -> list[int | str]:
+        """The steps to analyse."""
+        if self.step.isdigit():
+            return [int(self.step)]
+        if self.step != "all":
+            return [self.step]
+        from jaxwalk import pretrained
+        from jaxwalk.checkpoint import Run
+
+        foreign = pretrained.is_foreign(self.source)
+        steps: list[int | str] = [*(pretrained.series(self.source) if foreign else Run(self.source).steps)]
+        if not steps:
+            raise UsageError(f"--step: expected a run or a series of steps, got {self.source}, one model.")
+        return steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Runs side by side: what they are, how they learned, and what analyze.py found in each."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """The folders of two or more runs."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where to write; by default the folder `comparison` beside the first run."""
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line, by default the one of the process. Returns the exit status."""
+    words = sys.argv[1:] if words is None else words
+    if words[:1] == ["compare"]:
+        return compare(tyro.cli(Compare, prog="analyze.py compare", args=words[1:], config=CONFIG))
+    command = tyro.cli(Command, prog="analyze.py", description=__doc__, args=words, config=CONFIG)
+    if command.step not in ("best", "latest", "all") and not command.step.isdigit():
+        return fail(f"--step: expected a number, best, latest or all, got {command.step!r}", 2)
     try:
-        if arguments.step == "all":
-            foreign = pretrained.is_foreign(arguments.source)
-            steps: list[int | str] = [
-                *(pretrained.series(arguments.source) if foreign else Run(arguments.source).steps)
-            ]
-            if not steps:
-                raise ConfigError(f"--step: expected a run or a series of steps, got {arguments.source}, one model.")
-        else:
-            steps = [int(arguments.step) if arguments.step.isdigit() else arguments.step]
-        for step in steps:
-            try:
-                subject = analyses.open_subject(
-                    arguments.source, step, arguments.prompt, corpus=arguments.text, length=arguments.length
-                )
-            except CheckpointError as error:  # of all steps, one that is damaged costs itself
-                if arguments.step != "all":
-                    raise
-                whole = False
-                print(f"analyze.py: {error}", file=sys.stderr)
-                continue
-            out = arguments.out or (subject.workdir / "analysis" if subject.workdir else Path("analysis", subject.name))
-            whole &= analyse(subject, only, options, out / str(step) if arguments.step == "all" else out)
-    except (ConfigError, CheckpointError, ValueError, OSError) as error:
-        print(f"analyze.py: {error}", file=sys.stderr)
-        return 1
-    return 0 if whole else 1
+        options = command.options()
+    except UsageError as error:
+        return fail(error, 2)
 
-
-def compare(arguments: list[str]) -> int:
-    """The command line of `compare`. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="analyze.py compare",
-        description="Runs side by side: what they are, how they learned, and what analyze.py found in each.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="two or more runs' folders")
-    parser.add_argument("--out", type=Path, help="where to write; by default the folder `comparison` beside the first")
-    chosen = parser.parse_args(arguments)
-    out = chosen.out or chosen.runs[0].resolve().parent / "comparison"
-
-    from jaxwalk import comparison, report
+    from jaxwalk.analyses import open_subject
     from jaxwalk.checkpoint import CheckpointError
     from jaxwalk.config import ConfigError
 
+    complete = True
     try:
-        compared = comparison.compare(chosen.runs)
-        written = report.write_comparison(compared, out)
-    except (ConfigError, CheckpointError, OSError) as error:
-        print(f"analyze.py: {error}", file=sys.stderr)
-        return 1
-    print(report.comparison_table(compared))
-    for notice in written.notices:
-        print(notice)
-    print(f"\nwritten: {written.paths.get('compare.html', out)}")
-    return 0
+        for step in command.steps():
+            try:
+                subject = open_subject(command.source, step, command.prompt, corpus=command.text, length=command.length)
+            except CheckpointError as error:
+                if command.step != "all":
+                    raise
+                complete = False  # a damaged step does not prevent the analysis of the others
+                fail(error)
+                continue
+            default = subject.workdir / "analysis" if subject.workdir else Path("analysis", subject.name)
+            out = command.out or default
+            out = out / str(step) if command.step == "all" else out
+            complete &= analyse(subject, split(command.only) if command.only else None, options, out)
+    except (UsageError, ConfigError, CheckpointError, ValueError, OSError) as error:
+        return fail(error)
+    return 0 if complete else 1
 
 
-def parsed(value: str) -> object:
-    """A value as JSON, where it is any, else as text: 64, true, null, [1, 2], words.json."""
-    try:
-        found = json.loads(value)
-    except json.JSONDecodeError:
-        return value
-    return tuple(found) if isinstance(found, list) else found
-
-
-def analyse(subject: Any, only: list[str] | None, options: dict[str, dict[str, object]], out: Path) -> bool:
-    """Run the analyses on a subject, print the table and write the report. Returns whether none of them broke."""
+def analyse(subject: Any, only: tuple[str, ...] | None, options: Mapping[str, Mapping[str, object]], out: Path) -> bool:
+    """Run the analyses on a subject, print the table and write the report. Returns whether none of them failed."""
     from jaxwalk import analyses, report
 
     def started(name: str) -> None:
         if sys.stderr.isatty():
             print(f"\r\x1b[K{name} ...", end="", file=sys.stderr, flush=True)
 
-    broken = []
+    failures = []
 
     def failed(name: str, error: Exception) -> None:
-        broken.append(name)
+        failures.append(name)
         print(f"\nanalyze.py: {name} broke, which is a bug:", file=sys.stderr)
         traceback.print_exception(error)
 
-    out.mkdir(parents=True, exist_ok=True)  # before the work, not after it, is when to learn that it cannot be
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is an error before the work, not after it
     findings, skipped = analyses.run(subject, only, started, failed, options)
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
-    if not findings:  # and a report that is there already stays
+    if not findings:  # an earlier report in the folder stays as it is
         print(report.table(findings, skipped))
         print("\nnothing written: no analysis could be run")
         return False
@@ -160,7 +156,48 @@ def analyse(subject: Any, only: list[str] | None, options: dict[str, dict[str, o
     for notice in written.notices:
         print(notice)
     print(f"\nwritten: {written.paths.get('report.html', out)}")
-    return not broken
+    return not failures
+
+
+def compare(command: Compare) -> int:
+    """Compare runs, print the table and write the page. Returns the exit status."""
+    from jaxwalk import comparison, report
+    from jaxwalk.checkpoint import CheckpointError
+    from jaxwalk.config import ConfigError
+
+    if not command.runs:
+        return fail("compare: expected the folders of two or more runs", 2)
+    out = command.out or command.runs[0].resolve().parent / "comparison"
+    try:
+        compared = comparison.compare(command.runs)
+        written = report.write_comparison(compared, out)
+    except (ConfigError, CheckpointError, OSError) as error:
+        return fail(error)
+    print(report.comparison_table(compared))
+    for notice in written.notices:
+        print(notice)
+    print(f"\nwritten: {written.paths.get('compare.html', out)}")
+    return 0
+
+
+def split(names: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in names.split(","))
+
+
+def parse_value(text: str) -> object:
+    """A value as JSON (64, true, null, [1, 2]), or as text where it is not JSON."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return tuple(value) if isinstance(value, list) else value
+
+
+def fail(error: object, status: int = 1) -> int:
+    """Print the message of an error, without a traceback. Returns the exit status."""
+    print(f"analyze.py: {error}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def jaxwalk_task(task: str, contender: str) -> Callable[[], Any]:
     names = {
         r"embed\.table": "wte.weight",
         r"positions\.table": "wpe.weight",
-        r"layers\[(\d+)\]": r"h.\1",
+        r"layers\.blocks\[0\]\.period\[0\]": "h.{}",
         r"aggregate_norm": "ln_1",
         r"filter_norm": "ln_2",
         r"aggregate\.qkv": "attn.c_attn",
@@ -101,7 +101,12 @@ def jaxwalk_task(task: str, contender: str) -> Callable[[], Any]:
         name = jax.tree_util.keystr(path).lstrip(".")
         for ours, theirs in names.items():
             name = re.sub(ours, theirs, name)
-        return jnp.asarray(draw(name, a.shape))
+        if "{}" not in name:
+            return jnp.asarray(draw(name, a.shape))
+        stacked = np.empty(a.shape, np.float32)
+        for layer, row in enumerate(stacked):
+            row[:] = draw(name.format(layer), row.shape)
+        return jnp.asarray(stacked)
 
     shapes = jax.eval_shape(lambda: jw.init(config, jax.random.key(0)))
     model = jax.tree_util.tree_map_with_path(parameter, shapes)

@@ -15,7 +15,7 @@ Seen on 2 cores (jax 0.10.1, torch 2.13.0, November 2026), tokens/s and the rati
     b             3,514    2,869  0.82    2,020  0.57     3,306  0.94
     c             5,902    5,653  0.96    4,389  0.74     6,313  1.07
 
-"plain product" is jaxwalk without jaxwalk/_product.py. What is left to eager PyTorch is XLA's matrix product: on the
+"plain product" is jaxwalk without jaxwalk/_products.py. What is left to eager PyTorch is XLA's matrix product: on the
 shapes of b, without any model around it, it reaches 250 to 310 GFLOP/s where PyTorch's reaches 320 to 360.
 """
 
@@ -35,7 +35,7 @@ SHAPES = {
 def jaxwalk_steps(s: dict, plain: bool = False) -> tuple[Callable[[], None], int]:
     """A function that runs one jitted call on fresh host batches, and how many steps it is.
 
-    With `plain`, x @ W is JAX's own product, batched by vmap, instead of that of jaxwalk/_product.py.
+    With `plain`, x @ W is JAX's own product, batched by vmap, instead of that of jaxwalk/_products.py.
     """
     import jax
 

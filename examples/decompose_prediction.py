@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, null = (jw.astype(m, jnp.float64) for m in (subject.model, subject.untrained))
     paths = jnp.asarray(subject.paths(PATHS, min(LENGTH, model.max_length) + 1))
     path, token = paths[0, :-1], paths[0, -1]  # the prediction that is printed; at the end all are looked at
-    law = jax.jit(jw.next_log_probs)(model, path)[-1]
+    law = jw.next_log_probs(model, path)[-1]
     *words, next_word = map(subject.symbol, paths[0].tolist())
     print(f"\nlog p({next_word} | {' '.join(words)}) = {law[token]:.6f} nats")
 

@@ -25,10 +25,10 @@ import jaxwalk as jw
 def continued(model: jw.Transformer, prompt: jax.Array, steps: int) -> list[int]:
     """The most probable token, again and again."""
     state, logits = jw.prefill(model, prompt, len(prompt) + steps)
-    step, tokens = jax.jit(jw.step), []
+    tokens: list[int] = []
     for _ in range(steps):
         tokens.append(int(logits.argmax()))
-        state, logits = step(model, state, tokens[-1])
+        state, logits = jw.step(model, state, tokens[-1])
     return tokens
 
 

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     after = continuations(model.vocab_size, STEPS)  # all of them, so that what is summed over them is exact
     event = jax.vmap(jw.visits(0))(after)
     join = jax.vmap(lambda context: jax.vmap(lambda more: jnp.concatenate([context, more]))(after))  # [C, V^n, T]
-    each = lambda function: jax.jit(jax.vmap(jax.vmap(function)))  # without jit, op by op: slow
+    each = lambda function: jax.vmap(jax.vmap(function))
 
     @jax.jit
     def probability(contexts: jax.Array, push: jax.Array) -> jax.Array:

@@ -1,11 +1,11 @@
-"""What a run leaves behind: parameters, the definition of the model, its vocabulary or world, and how to go on.
+"""The files of a run: parameters, the definition of the model, its vocabulary or world, and the state to resume from.
 
-A run's folder holds `config.json` (the definition: resolved config, vocabulary, format version),
-`metrics.jsonl`, and `checkpoints/` with two series written by Orbax: `state/<step>`, from which training
-resumes, the latest few; and `parameters/<step>`, a light copy for analysis, of the latest, the best and
-log-spaced steps and of step 0, the untrained model. A step of the second series carries the definition too,
-so it can be copied away and loaded by itself. Nothing is pickled: arrays are plain nested dicts, with layers
-always apart (`layers/7/...`), whichever way they were run.
+A run's folder holds `config.json` (the definition: resolved config, vocabulary, format version), `metrics.jsonl`, and
+`checkpoints/` with two series written by Orbax: `state/<step>`, from which training resumes, for the latest steps; and
+`parameters/<step>`, a light copy for analysis, for the latest, the best and log-spaced steps and for step 0, the
+untrained model. A step of the second series also contains the definition, so it can be copied elsewhere and loaded by
+itself. Nothing is pickled: arrays are plain nested dicts with one entry per layer (`layers/7/...`), whether layers were
+stacked or unrolled.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ from jaxwalk.sharding import shardings
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read, or is not there. Names the step and what can be loaded instead."""
+    """A checkpoint that is missing or cannot be read. Names the step and what can be loaded instead."""
 
 
 def to_dicts(tree: Any) -> dict[str, Any]:
-    """The leaves of any pytree as plain nested dicts, by the names of their path: {"layers": {"7": {...}}}."""
+    """The leaves of a pytree as plain nested dicts, keyed by the names of their path: {"layers": {"7": {...}}}."""
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         *parents, name = _names(path)
@@ -59,7 +59,7 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 
 def definition_of(config: TrainConfig, vocabulary: Any, store: text.TokenStore | None = None) -> dict[str, Any]:
-    """All that is needed, beside the arrays, to rebuild the model and to know what it was trained on."""
+    """Everything besides the arrays that is needed to rebuild the model and to know its training data."""
     definition = {"format_version": FORMAT_VERSION, "config": to_dict(config), "vocabulary": vocabulary.to_dict()}
     if store is not None and store.folder is not None:
         definition["store"] = {"folder": str(store.folder.resolve()), "fingerprint": store.fingerprint}
@@ -67,7 +67,7 @@ def definition_of(config: TrainConfig, vocabulary: Any, store: text.TokenStore |
 
 
 def read_definition(file: Path) -> dict[str, Any]:
-    """What `definition_of` gave, from its file. Raises CheckpointError if the file is of something else."""
+    """A definition written to `file`. Raises CheckpointError if the file is missing or something else."""
     try:
         definition = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -87,11 +87,11 @@ def read_definition(file: Path) -> dict[str, Any]:
 
 
 def _upgraded(definition: dict[str, Any]) -> dict[str, Any]:
-    """A definition of an older format as this version writes it."""
+    """A definition of an older format in the current format."""
     if definition["format_version"] == 1 and isinstance(definition["config"], dict):
         config = {**definition["config"]}
         if isinstance(config.get("model"), dict):
-            # How layers were compiled; they are always stacked now.
+            # `scan` selected how layers were compiled; they are always stacked now.
             config["model"] = {key: value for key, value in config["model"].items() if key != "scan"}
         config.setdefault("unroll", None)
         definition = {**definition, "config": config}
@@ -99,7 +99,7 @@ def _upgraded(definition: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, none where there is no such file; a line that was cut short by a crash is no row."""
+    """The rows of a metrics.jsonl, or none if there is no such file. Lines truncated by a crash are skipped."""
     rows = []
     for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
         try:
@@ -110,34 +110,34 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def log_spaced(steps: int, count: int, multiple: int) -> tuple[int, ...]:
-    """About `count` steps up to `steps`, evenly spaced in log(step), each a multiple of `multiple`; and step 0."""
+    """About `count` steps up to `steps`, evenly spaced in log(step), as multiples of `multiple`; and step 0."""
     ratios = np.geomspace(multiple, max(steps, multiple), count) if count else np.zeros(0)
     return tuple(sorted({0, *(round(r / multiple) * multiple for r in ratios)}))
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, in the background where it can, and restores the state that training resumes from."""
+    """Writes the checkpoints of a run, asynchronously if possible, and restores the state to resume from."""
 
     def __init__(self, workdir: Path, config: TrainConfig, definition: Mapping[str, Any]) -> None:
         self.folder = workdir.resolve() / "checkpoints"
         self.definition = definition
-        kept: CheckpointConfig = config.checkpoint
-        self.series = log_spaced(config.steps, kept.log_spaced, config.steps_per_call)
+        retention: CheckpointConfig = config.checkpoint
+        self.series = log_spaced(config.steps, retention.log_spaced, config.steps_per_call)
         policy = preservation_policy
         self._state = ocp.CheckpointManager(
             self.folder / "state",
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy.LatestN(kept.latest)),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy.LatestN(retention.latest)),
         )
-        # The union is spelled out: `best_fn` with `max_to_keep` keeps only the best, and loses the latest.
-        best = policy.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=kept.best)
-        union = [policy.LatestN(kept.latest), policy.CustomSteps(self.series), *([best] if kept.best else [])]
+        # An explicit union, since `best_fn` with `max_to_keep` would keep only the best steps and not the latest.
+        best = policy.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=retention.best)
+        union = [policy.LatestN(retention.latest), policy.CustomSteps(self.series), *([best] if retention.best else [])]
         self._parameters = ocp.CheckpointManager(
             self.folder / "parameters",
             options=ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(union)),
         )
 
     def save(self, step: int, parameters: Any, loss: float, state: Any = None) -> None:
-        """Save the parameters of a step and its evaluation loss; and, with `state`, what resuming needs.
+        """Save the parameters of a step with its evaluation loss and, if `state` is given, the state to resume from.
 
         The arrays may be donated as soon as this returns.
         """
@@ -155,32 +155,39 @@ class Checkpoints:
             self._state.save(step, args=ocp.args.StandardSave(to_dicts(_apart(state))), force=True)
 
     def resume(self, template: Any, step: int | None = None) -> tuple[int, Any, list[int]]:
-        """The state to go on from: that of `step`, or the latest, on the shardings of `template`'s leaves.
+        """Restore the state to resume training from, and delete later steps, which training will reach again.
 
-        Returns the step, the state, and the later steps, which are forgotten: training will come by them again.
-        Raises CheckpointError, which names the step and the previous one, if the state cannot be read.
+        Args:
+            template: a state, whose structure, shapes and shardings the result has.
+            step: the step to resume from; the latest by default.
+
+        Returns:
+            The step, the state, and the deleted steps.
+
+        Raises:
+            CheckpointError: if there is no such state, or it cannot be read. Names the step and the previous one.
         """
         steps = sorted(self._state.all_steps())
         if not steps:
-            raise CheckpointError(f"no state to resume from in {self.folder / 'state'}. Start anew, without --resume.")
+            raise CheckpointError(f"no state to resume from in {self.folder / 'state'}. Start over without --resume.")
         step = steps[-1] if step is None else step
         if step not in steps:
             raise CheckpointError(f"step: expected one of the saved states {steps}, got {step}.")
         restored = _read(self.folder / "state" / str(step) / "default", template, step, steps, "--resume")
-        forgotten = set()
+        deleted = set()
         for manager in (self._state, self._parameters):
             for later in manager.all_steps():
                 if later > step:
                     manager.delete(later)
-                    forgotten.add(later)
-        return step, restored, sorted(forgotten)
+                    deleted.add(later)
+        return step, restored, sorted(deleted)
 
     def latest(self) -> int | None:
-        """The latest step that training can resume from."""
+        """The latest step that training can resume from, or None."""
         return self._state.latest_step()
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
+        """Wait until everything has been written to disk."""
         for manager in (self._state, self._parameters):
             manager.wait_until_finished()
             manager.close()
@@ -188,29 +195,29 @@ class Checkpoints:
 
 @jax.jit
 def _apart(tree: Any) -> Any:
-    """A copy with layers apart. On CPU an asynchronous writer would see the buffers that the next step overwrites."""
+    """A copy with layers apart: on CPU, an asynchronous writer would otherwise see the buffers of the next step."""
     return jax.tree.map(jnp.copy, apart(tree))
 
 
 def _read(folder: Path, template: Any, step: int, steps: Iterable[int], option: str) -> Any:
-    """Restore a pytree like `template` (arrays or ShapeDtypeStructs), onto the shardings of its leaves.
+    """Restore a pytree like `template` (arrays or ShapeDtypeStructs) onto the shardings of its leaves.
 
-    Leaves without a sharding are restored uncommitted to a device: committed ones would compile programs twice.
+    Leaves without a sharding are restored uncommitted to a device: committed ones would make programs compile twice.
     """
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     separate = apart(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding(a)), template))
-    wanted = jax.tree.map(
+    targets = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or local), to_dicts(separate)
     )
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            nested = reader.restore(folder.resolve(), args=ocp.args.StandardRestore(wanted))
+            nested = reader.restore(folder.resolve(), args=ocp.args.StandardRestore(targets))
         restored = from_dicts(separate, nested)
         on_host = lambda a, like: a if like.sharding is not None else np.asarray(a)
         restored = stacked(template, jax.tree.map(on_host, restored, separate))
         place = lambda a, like: jnp.asarray(a) if _sharding(like) is None else jax.device_put(a, _sharding(like))
         return jax.tree.map(place, restored, template)
-    except Exception as error:  # Orbax and tensorstore raise many kinds, all of which mean the same here
+    except Exception as error:  # Orbax and tensorstore raise errors of many types
         earlier, later = [s for s in steps if s < step], [s for s in steps if s > step]
         if earlier:
             remedy = f"The previous one is step {max(earlier)}: {option} {max(earlier)}."
@@ -222,7 +229,7 @@ def _read(folder: Path, template: Any, step: int, steps: Iterable[int], option: 
 
 
 def _sharding(leaf: Any) -> Any:
-    """The sharding of a leaf on a mesh; None for any other."""
+    """The sharding of a leaf on a mesh, or None."""
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
@@ -233,9 +240,9 @@ def _first_line(error: Exception) -> str:
 
 
 class Run:
-    """A run's folder, read: its config, vocabulary, world, the steps whose parameters are kept, and their models.
+    """The folder of a run, opened for reading: its config, vocabulary, world, saved steps and their models.
 
-    The folder may also be a single step of `checkpoints/parameters`, copied anywhere.
+    It may also be a single step of `checkpoints/parameters`, copied elsewhere. Raises CheckpointError if it is neither.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -254,36 +261,36 @@ class Run:
 
     @functools.cached_property
     def world(self) -> Any:
-        """The world that the run's paths are sampled from; None for text."""
+        """The world that the run's paths are sampled from, or None for text."""
         data = self.config.data
         return worlds.make(data.world, **data.params) if isinstance(data, WorldData) else None
 
     @functools.cached_property
     def store(self) -> text.TokenStore | None:
-        """The token store that the run was trained on; None for a world.
+        """The token store that the run was trained on, or None for a world.
 
-        Raises CorpusError if it is gone and cannot be made again, or only from a corpus that has changed.
+        Raises CorpusError if it is gone and cannot be rebuilt, because the corpus is gone or has changed.
         """
         data = self.config.data
         if isinstance(data, WorldData):
             return None
-        known = self.definition.get("store")
-        if known is not None and Path(known["folder"]).is_dir():
-            return text.read_store(known["folder"], known["fingerprint"])
+        recorded = self.definition.get("store")
+        if recorded is not None and Path(recorded["folder"]).is_dir():
+            return text.read_store(recorded["folder"], recorded["fingerprint"])
         store = text.open_store(data)
         if store.vocabulary.to_dict() != self.vocabulary.to_dict() or (
-            known is not None and store.fingerprint != known["fingerprint"]
+            recorded is not None and store.fingerprint != recorded["fingerprint"]
         ):
             raise text.CorpusError(
-                f"{data.corpus}: it is no longer what the run was trained on, and the store of that is gone"
-                + (f" from {known['folder']}" if known else "")
-                + ". Restore the corpus as it was."
+                f"{data.corpus}: it is no longer what the run was trained on, and the token store of the run is gone"
+                + (f" from {recorded['folder']}" if recorded else "")
+                + ". Restore the original corpus."
             )
         return store
 
     @functools.cached_property
     def steps(self) -> tuple[int, ...]:
-        """The steps whose parameters are kept. What is half-written does not count."""
+        """The steps whose parameters are saved, in order. Incomplete ones are not included."""
         if self._single:
             return (self.definition["step"],)
         folder = self.folder / "checkpoints" / "parameters"
@@ -294,21 +301,21 @@ class Run:
         return steps
 
     def loss(self, step: int) -> float:
-        """The evaluation loss of a kept step, in nats per token."""
+        """The evaluation loss of a saved step, in nats per token."""
         try:
             return json.loads((self._step_folder(step) / "definition" / "metadata").read_text("utf-8"))["loss"]
         except (OSError, ValueError, KeyError) as error:
             raise self._damaged(step, error) from error
 
     def resolve(self, step: int | Literal["latest", "best"]) -> int:
-        """The number of a step that is asked for by number, as the latest, or as the best by evaluation loss."""
+        """The number of a saved step given as a number, "latest", or "best" (lowest evaluation loss)."""
         if step == "latest":
             return self.steps[-1]
         if step == "best":
             losses = {}
-            for kept in self.steps:  # a damaged one is not the best
-                with contextlib.suppress(CheckpointError):
-                    losses[kept] = self.loss(kept)
+            for saved in self.steps:
+                with contextlib.suppress(CheckpointError):  # a damaged step cannot be the best
+                    losses[saved] = self.loss(saved)
             return min(losses, key=losses.__getitem__) if losses else self.steps[-1]
         if step not in self.steps:
             raise CheckpointError(
@@ -317,7 +324,7 @@ class Run:
         return step
 
     def model(self, step: int | Literal["latest", "best"] = "latest", mesh: Mesh | None = None) -> Transformer:
-        """The float32 model of a kept step, its parameters on one device, or in parts on those of a mesh."""
+        """The float32 model of a saved step, on one device or sharded over a mesh."""
         step = self.resolve(step)
         template = jax.eval_shape(lambda: init(self.config.model, jax.random.key(0)))
         if mesh is not None:
@@ -343,23 +350,33 @@ def load(
     *,
     step: int | Literal["latest", "best"] = "latest",
 ) -> tuple[Transformer, Any]:
-    """The model of a run's folder, or of one step copied from it, and its vocabulary: `model, vocabulary`.
+    """The model and vocabulary of a run's folder, or of a single step copied from it.
 
-    dtype: of parameters and computation. mesh: devices to place the parameters on. step: a kept step's number, the
-    latest, or the best by evaluation loss. `jaxwalk.load` does the same, and loads pretrained models too.
-    Raises CheckpointError if there is no such run or step, or if it cannot be read; it names the previous one.
+    `jaxwalk.load` does the same and also loads pretrained models.
+
+    Args:
+        source: the folder.
+        dtype: the dtype of parameters and computation.
+        mesh: devices to place the parameters on.
+        step: a saved step, the latest, or the best by evaluation loss.
+
+    Returns:
+        `model, vocabulary`.
+
+    Raises:
+        CheckpointError: if there is no such run or step, or it cannot be read. Names the previous step.
     """
     run = Run(source)
     return astype(run.model(step, mesh), dtype), run.vocabulary
 
 
 def prepare_workdir(workdir: Path, definition: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Make a run's folder, or check that the run in it is this one. Raises ConfigError rather than lose anything."""
+    """Create a run's folder, or check that it holds this run. Raises ConfigError rather than lose any data."""
     file = workdir / "config.json"
     if overwrite and resume:
-        raise ConfigError("--overwrite deletes the run that --resume would go on with: choose one of them.")
+        raise ConfigError("--overwrite deletes the run that --resume would continue: choose one of them.")
     if overwrite and file.exists():
-        read_definition(file)  # what is no run of ours is not ours to delete
+        read_definition(file)  # raises unless this is a run: nothing else is deleted
         shutil.rmtree(workdir)
     if not file.exists():
         if workdir.is_dir() and any(workdir.iterdir()):
@@ -371,32 +388,36 @@ def prepare_workdir(workdir: Path, definition: Mapping[str, Any], *, resume: boo
         workdir.mkdir(parents=True, exist_ok=True)
     else:
         old = read_definition(file)
-        if "store" not in old:  # of a run that did not write it down yet
+        if "store" not in old:  # older runs did not record their store
             definition = {key: value for key, value in definition.items() if key != "store"}
-        if changed := sorted(_differences(_binding(old), _binding(definition))):
+        if changed := sorted(_differences(_fixed_settings(old), _fixed_settings(definition))):
             raise ConfigError(
                 f"{workdir} holds another config's run; they differ in {', '.join(changed)}. "
                 "Use another --workdir, or --overwrite to delete that run."
             )
         if not resume:
-            raise ConfigError(f"{workdir} already holds this run. Use --resume to go on, or --overwrite to start anew.")
+            raise ConfigError(
+                f"{workdir} already holds this run. Use --resume to continue it, or --overwrite to start over."
+            )
     partial = file.with_suffix(".json.tmp")
     partial.write_text(json.dumps(definition, indent=2) + "\n", "utf-8")
     os.replace(partial, file)
 
 
-# What may change when a run is resumed: none of it alters the parameters that training comes to.
-_FREE = ("name", "log_every", "eval_every", "eval_batches", "sample_every", "checkpoint", "mesh")
+# Settings that may change when a run is resumed, since they do not affect the trained parameters.
+_CHANGEABLE = ("name", "log_every", "eval_every", "eval_batches", "sample_every", "checkpoint", "mesh")
 
 
-def _binding(definition: Mapping[str, Any]) -> dict[str, Any]:
-    config = {k: v for k, v in definition["config"].items() if k not in _FREE}
+def _fixed_settings(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a definition that may not change when a run is resumed."""
+    config = {k: v for k, v in definition["config"].items() if k not in _CHANGEABLE}
     config["data"] = {k: v for k, v in config["data"].items() if k != "store"}
     store = definition.get("store") or {}
     return {**config, "vocabulary": definition["vocabulary"], "corpus": store.get("fingerprint")}
 
 
 def _differences(a: Any, b: Any, path: str = "") -> Iterable[str]:
+    """The paths of the entries in which two nested mappings differ."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in {*a, *b}:
             yield from _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))

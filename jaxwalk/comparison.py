@@ -62,8 +62,8 @@ def _data(run: Run) -> str:
     return data.corpus
 
 
-def _row(name: str, values: Sequence[Any], **options: Any) -> Row:
-    return Row(name, tuple(value if isinstance(value, Cell) else Cell(value) for value in values), **options)
+def _row(name: str, values: Sequence[Any]) -> Row:
+    return Row(name, tuple(value if isinstance(value, Cell) else Cell(value) for value in values))
 
 
 def _facts(runs: Sequence[Run]) -> tuple[Row, ...]:

@@ -1,13 +1,15 @@
-"""Filters: maps of one vector, [D] -> [E]. A filter is given a single position, so it cannot mix positions.
+"""Filters: position-wise maps of vectors, [D] -> [E]. A filter sees a single position, so it cannot mix positions.
 
-Letters, here and in every signature of the library: B batch, T positions, D width, V vocabulary, L layers,
-H heads, G heads or channels of an aggregate, K head width, S = 2L+1 stations, E any other width.
+Dimension names, here and in every signature of the library: B batch, T positions, D width, V vocabulary, L layers,
+H heads, G mixing matrices of an aggregate, K head width, S = 2L+1 stations, E any other width.
 
-Modules are Flax NNX modules used as plain pytrees: frozen dataclasses with arrays as data and choices as static
-fields. Parameters are their only leaves, and the dtype of the parameters is the dtype of the computation; means and
-variances are taken in at least float32. With `hold=True` every data-dependent coefficient is held at its value (its
-gradient is stopped), which makes a filter affine in its input. The idea is the "detached Jacobian" of Golden,
-arXiv 2505.24293; `jaxwalk.probes.decomposition` builds on it.
+Modules are Flax NNX modules used as plain pytrees: frozen dataclasses with arrays as data fields and options as static
+fields. Parameters are their only leaves, and computation is in the dtype of the parameters, except for means and
+variances, which are computed in at least float32.
+
+With `hold=True` every data-dependent coefficient (of a norm, a gate, an activation) is held: its gradient is stopped,
+which makes a filter affine in its input. This is the "detached Jacobian" of Golden, arXiv 2505.24293;
+`jaxwalk.probes.decomposition` builds on it.
 """
 
 import dataclasses
@@ -31,15 +33,15 @@ Key = Any
 
 @typing.dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(nnx.data, dataclasses.field))
 def module(cls: type) -> Any:
-    """Decorate an `nnx.Module` as a frozen dataclass: a pytree of its data fields; its other fields are static.
+    """Decorate an `nnx.Module` as a frozen dataclass: a pytree of its data fields, with all other fields static.
 
-    A class attribute `decays` names the array fields that weight decay applies to; by default it applies to none.
+    The class attribute `decays` names the array fields that weight decay applies to. By default it applies to none.
     """
     return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
 
 
 def stream(key: Key, name: str) -> Key:
-    """The random stream called `name` under a root key."""
+    """The key of the random stream `name`, derived from the root key `key`."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
@@ -49,17 +51,17 @@ def wide(dtype: Any) -> Any:
 
 
 def indices(start: int, stop: int | None = None) -> Int[Array, " N"]:
-    """`jnp.arange` in int32, in which all indices of this library are, with or without 64-bit types."""
+    """`jnp.arange` in int32, the dtype of all indices of this library even if 64-bit types are enabled."""
     return jnp.arange(start, stop, dtype=jnp.int32)
 
 
 def held(coefficients: Any, hold: bool) -> Any:
-    """`coefficients`, an array or a pytree of arrays, with their gradient stopped if `hold`."""
+    """Stop the gradient of `coefficients`, an array or a pytree of arrays, if `hold`."""
     return lax.stop_gradient(coefficients) if hold else coefficients
 
 
 def row(table: Float[Array, "N D"], index: Int[Array, ""]) -> Float[Array, " D"]:
-    """Row `index` of `table`; NaN if out of range, where plain indexing would clamp or wrap around silently."""
+    """Row `index` of `table`; NaN if `index` is out of range, where plain indexing would clamp or wrap around."""
     return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
@@ -73,10 +75,10 @@ TABLE_STD = 0.02  # initial standard deviation of token, position and output vec
 
 @module
 class Embed(nnx.Module):
-    """Token id -> token vector e_v: row v of the embedding matrix, times `scale`, normalised if there is a norm.
+    """Token vectors e_v: the rows of the embedding matrix times `scale`, normalised if there is a norm.
 
-    An id out of range gives NaN. `scale` is rounded to the dtype of the matrix, as in the models that have one. A norm
-    here (BLOOM, RWKV) sees one token and no context, so its bias and its statistics belong to the token vector.
+    An id out of range gives NaN. `scale` is rounded to the dtype of the matrix, as in the models that use one. A norm
+    here (BLOOM, RWKV) sees one token and no context, so its bias and its statistics are part of the token vector.
     """
 
     decays = frozenset({"table"})
@@ -87,23 +89,24 @@ class Embed(nnx.Module):
 
     @staticmethod
     def init(vocab_size: int, width: int, *, scale: float = 1.0, norm: "Norm | None" = None, key: Key) -> "Embed":
-        """Normally distributed token vectors, whose size does not depend on `scale`."""
+        """An embedding with normally distributed token vectors, whose magnitude does not depend on `scale`."""
         return Embed(normal(key, (vocab_size, width), TABLE_STD / scale), scale, norm)
 
     def __call__(self, token: Int[Array, ""]) -> Float[Array, " D"]:
         return self.vector(row(self.table, token))
 
     def vector(self, row: Float[Array, " D"]) -> Float[Array, " D"]:
-        """A row of the embedding matrix as a token vector."""
+        """The token vector of a row of the embedding matrix."""
         scaled = row if self.scale == 1 else row * self.scale
         return scaled if self.norm is None else self.norm(scaled)
 
 
 @module
 class Unembed(nnx.Module):
-    """Context vector -> logits c . u_v + b_v. If tied, `weight` is None and output vectors are the embedding matrix.
+    """Logits c . u_v + b_v of a context vector c, for output vectors u_v.
 
-    With a `softcap` the logits become softcap * tanh(logits / softcap).
+    If tied, `weight` is None and the output vectors are the rows of the embedding matrix. With a `softcap`, the logits
+    become softcap * tanh(logits / softcap).
     """
 
     decays = frozenset({"weight"})
@@ -116,17 +119,17 @@ class Unembed(nnx.Module):
     def init(
         vocab_size: int, width: int, *, tied: bool, bias: bool, softcap: float | None = None, key: Key
     ) -> "Unembed":
-        """Normally distributed output vectors (None if tied) and a zero bias (None unless requested)."""
+        """An unembedding with normally distributed output vectors, unless tied, and a zero bias if `bias`."""
         weight = None if tied else normal(key, (vocab_size, width), TABLE_STD)
         return Unembed(weight, jnp.zeros(vocab_size, jnp.float32) if bias else None, softcap)
 
     def __call__(self, context: Float[Array, " D"], token_table: Float[Array, "V D"]) -> Float[Array, " V"]:
-        """Logits, in at least float32. `token_table` is the embedding matrix, which is used if tied."""
+        """The logits, in at least float32. `token_table` is the embedding matrix, used only if tied."""
         logits = self.uncapped(context, token_table)
         return logits if self.softcap is None else softcapped(logits, self.softcap)
 
     def uncapped(self, context: Float[Array, " D"], token_table: Float[Array, "V D"]) -> Float[Array, " V"]:
-        """Logits before the soft cap."""
+        """The logits before the soft cap."""
         weight = token_table if self.weight is None else self.weight
         if context.dtype == wide(context.dtype):
             logits = times_columns(context, weight)
@@ -136,17 +139,17 @@ class Unembed(nnx.Module):
 
 
 def softcapped(a: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
-    """cap * tanh(a / cap): close to `a` where that is small, never beyond the cap."""
+    """cap * tanh(a / cap): a smooth clipping of `a` to the interval from -cap to cap."""
     return cap * jnp.tanh(a / cap)
 
 
 def softcap_gate(a: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
-    """The coefficient of a soft cap that decompositions hold: softcapped(a) / a, and 1 at 0."""
+    """The held coefficient of a soft cap: softcapped(a) / a, with its limit 1 at 0."""
     return tanh_gate(a / cap)
 
 
 def tanh_gate(a: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """tanh(a) / a, with its limit 1 at 0. Near 0 it is a power series, so that derivatives are finite."""
+    """tanh(a) / a, with its limit 1 at 0. It is computed as a power series near 0, so that derivatives are finite."""
     near = jnp.abs(a) < 1e-2
     square = jnp.where(near, a * a, 0)
     series = 1 - square * (1 / 3 - square * (2 / 15 - square * 17 / 315))
@@ -164,7 +167,7 @@ class LayerNorm(nnx.Module):
 
     @staticmethod
     def init(width: int, *, bias: bool = True, scale: bool = True, eps: float = 1e-5) -> "LayerNorm":
-        """Scale 1 and bias 0, or None."""
+        """A layer norm with a scale of 1 and a bias of 0, each None if not requested."""
         ones, zeros = jnp.ones(width, jnp.float32), jnp.zeros(width, jnp.float32)
         return LayerNorm(ones if scale else None, zeros if bias else None, eps)
 
@@ -189,7 +192,7 @@ class RMSNorm(nnx.Module):
 
     @staticmethod
     def init(width: int, *, eps: float = 1e-5, unit_offset: bool = False) -> "RMSNorm":
-        """A multiplier of 1."""
+        """An RMS norm with a multiplier of 1."""
         return RMSNorm(jnp.full(width, 0.0 if unit_offset else 1.0, jnp.float32), eps, unit_offset)
 
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
@@ -205,7 +208,7 @@ Norm = LayerNorm | RMSNorm
 
 @module
 class Linear(nnx.Module):
-    """x W + b."""
+    """The affine map x W + b."""
 
     decays = frozenset({"weight"})
 
@@ -214,7 +217,7 @@ class Linear(nnx.Module):
 
     @staticmethod
     def init(width_in: int, width_out: int, *, bias: bool, gain: float = 1.0, key: Key) -> "Linear":
-        """Normally distributed weights with standard deviation gain / sqrt(width_in); a zero bias, or None."""
+        """Normally distributed weights with standard deviation gain / sqrt(width_in), and a zero bias if `bias`."""
         weight = normal(key, (width_in, width_out), gain / math.sqrt(width_in))
         return Linear(weight, jnp.zeros(width_out, jnp.float32) if bias else None)
 
@@ -223,7 +226,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias
 
     def columns(self, start: int, stop: int | None = None) -> "Linear":
-        """The part of this map that computes the outputs from `start` to `stop`."""
+        """The map to the outputs from `start` to `stop` alone."""
         return Linear(self.weight[..., start:stop], None if self.bias is None else self.bias[..., start:stop])
 
 
@@ -235,8 +238,8 @@ def _gelu_tanh_gate(a: Array) -> Array:
     return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a * a * a)))
 
 
-# Every activation here is phi(a) = gate(a) a, and the gate is the coefficient that is held. It is written in closed
-# form, never as the quotient phi(a) / a, which is NaN at 0.
+# Every activation is phi(a) = gate(a) a, and its gate is the held coefficient. Gates are in closed form, as the
+# quotient phi(a) / a would be NaN at 0.
 GATES = {
     "gelu": _gelu_gate,
     "gelu_tanh": _gelu_tanh_gate,
@@ -246,13 +249,13 @@ GATES = {
 
 
 def activate(a: Float[Array, "*n"], activation: Activation, hold: bool) -> Float[Array, "*n"]:
-    """gate(a) a, elementwise; with `hold` the gate is a constant."""
+    """The activation phi(a) = gate(a) a, elementwise; with `hold`, the gate is held."""
     return held(GATES[activation](a), hold) * a
 
 
 @module
 class MLP(nnx.Module):
-    """down(phi(up(x))). The held coefficients are the gates of phi, one per neuron."""
+    """down(phi(up(x))). The held coefficients are the gates of phi, one per hidden neuron."""
 
     reads = frozenset({"up"})
     writes = frozenset({"down"})
@@ -262,7 +265,7 @@ class MLP(nnx.Module):
     activation: Activation = "gelu"
 
     def hidden(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " E"]:
-        """The activations of the neurons."""
+        """The activations of the hidden neurons."""
         return activate(self.up(x), self.activation, hold)
 
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
@@ -271,7 +274,7 @@ class MLP(nnx.Module):
 
 @module
 class GatedMLP(nnx.Module):
-    """down(phi(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202). The whole gate branch is held."""
+    """down(phi(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202). The held coefficients are phi(gate(x))."""
 
     reads = frozenset({"gate", "up"})
     writes = frozenset({"down"})
@@ -282,7 +285,7 @@ class GatedMLP(nnx.Module):
     activation: Activation = "silu"
 
     def hidden(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " E"]:
-        """The activations of the neurons."""
+        """The activations of the hidden neurons."""
         return held(activate(self.gate(x), self.activation, False), hold) * self.up(x)
 
     def __call__(self, x: Float[Array, " D"], *, hold: bool = False) -> Float[Array, " D"]:
@@ -291,7 +294,7 @@ class GatedMLP(nnx.Module):
 
 @module
 class LearnedPositions(nnx.Module):
-    """Position -> row position + `offset` of a learned table. A position beyond the table gives NaN."""
+    """Learned position vectors: the row `position + offset` of a table. A position beyond the table gives NaN."""
 
     decays = frozenset({"table"})
 
@@ -300,12 +303,12 @@ class LearnedPositions(nnx.Module):
 
     @staticmethod
     def init(max_length: int, width: int, *, offset: int = 0, key: Key) -> "LearnedPositions":
-        """Normally distributed position vectors."""
+        """A table of normally distributed position vectors for `max_length` positions."""
         return LearnedPositions(normal(key, (max_length + offset, width), TABLE_STD), offset)
 
     @property
     def max_length(self) -> int:
-        """The number of positions that have a row."""
+        """The number of positions that the table covers."""
         return self.table.shape[-2] - self.offset
 
     def __call__(self, position: Int[Array, ""]) -> Float[Array, " D"]:
@@ -314,10 +317,10 @@ class LearnedPositions(nnx.Module):
 
 @module
 class SinusoidalPositions(nnx.Module):
-    """Position -> sines, then cosines, of geometrically spaced frequencies (Vaswani et al., arXiv 1706.03762).
+    """Position vectors of sines, then cosines, of geometrically spaced frequencies (Vaswani et al., arXiv 1706.03762).
 
-    Computed, not stored: a fixed table would be a leaf, and optimisers update leaves. Scaled to the initial size of
-    token vectors, which they would otherwise drown.
+    They are computed rather than stored, as optimisers would update a table in the pytree, and scaled to the initial
+    magnitude of token vectors, which they would otherwise dominate.
     """
 
     width: int

@@ -1,4 +1,4 @@
-"""Where each parameter lies on a mesh of devices."""
+"""The placement of parameters on a mesh of devices."""
 
 import re
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Where a parameter lies on the mesh, by its path. The first rule that matches; replicated without one.
+# Pattern of a parameter's path -> its partition. The first match applies; without one, the parameter is replicated.
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/(table|weight)$", PartitionSpec("model", None)),
     (r"(qkv|value|up|gate)/weight$", PartitionSpec(None, "model")),
@@ -16,17 +16,17 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of each leaf of a pytree (of arrays or ShapeDtypeStructs), by `SHARDING_RULES`.
+    """The sharding of each leaf of a pytree of arrays or ShapeDtypeStructs, by `SHARDING_RULES`.
 
-    The optimizer's moments end in the same names as their parameters, and so lie where these lie. A leaf whose
-    size does not divide is replicated.
+    The optimizer's moments have paths that end like those of their parameters, so they are placed alike. A leaf whose
+    sizes are not divisible by the mesh is replicated.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for pattern, spec in SHARDING_RULES if re.search(pattern, name)), PartitionSpec())
         ways = [1 if axis is None else mesh.shape[axis] for axis in spec]
-        # A rule is about the last axes: stacked layers, and the members of a sweep, have more before them.
+        # A rule applies to the last axes: stacked layers and the members of a sweep have additional leading axes.
         axes = leaf.shape[leaf.ndim - len(spec) :]
         if len(spec) > leaf.ndim or any(n % w for n, w in zip(axes, ways, strict=True)):
             return NamedSharding(mesh, PartitionSpec())

@@ -4,8 +4,8 @@
     swept.losses[-1]  # held-out loss of the six members
     model = swept.member(4)
 
-A member is what the ordinary loop (`training.train`) makes of the same config, seed and learning rate, to rounding.
-Everything stays in memory: no checkpoints, no folder.
+Each member equals, to rounding, the result of `training.train` with the same config, seed and learning rate. Everything
+stays in memory: no folder, no checkpoints.
 """
 
 import dataclasses
@@ -31,11 +31,15 @@ from jaxwalk.paths.law import path_log_prob, scores
 
 @dataclass(frozen=True)
 class Sweep:
-    """M members, the learning rates of the first seed first.
+    """M members: the first seed with each learning rate, then the second seed, and so on.
 
-    config: resolved, with the seed whose held-out paths all members are scored on. seeds, lrs: of each member.
-    models: every leaf [M, ...]. steps: [E], when the members were scored, from 0 to the last. losses: [E, M], nats per
-    predicted token on held-out paths, the same for all members; NaN from where a member has diverged.
+    Attributes:
+        config: the resolved config, whose seed selects the held-out paths that all members are scored on.
+        seeds, lrs: the seed and the learning rate of each member.
+        models: the trained models, every leaf [M, ...].
+        steps: [E], the steps at which members were scored, from 0 to the last.
+        losses: [E, M], nats per predicted token on held-out paths, which are the same for all members; NaN once a
+            member has diverged.
     """
 
     config: TrainConfig
@@ -46,7 +50,7 @@ class Sweep:
     losses: Float[np.ndarray, "E M"]
 
     def member(self, number: int) -> Transformer:
-        """The model of one member. Raises ValueError for a member that there is not."""
+        """The model of one member. Raises ValueError for a member that does not exist."""
         if not 0 <= number < len(self.seeds):
             raise ValueError(f"member: expected one from 0 to {len(self.seeds) - 1}, got {number}.")
         return jax.tree.map(lambda a: a[number], self.models)
@@ -59,25 +63,76 @@ def train(
     *,
     report: Callable[[str], object] | None = None,
 ) -> Sweep:
-    """Train `config` from each of `seeds` at each peak learning rate of `lrs` (by default the config's).
+    """Train `config` from each seed at each peak learning rate.
 
-    A seed decides initialisation and data, as it does for the ordinary loop, so that what differs between seeds is all
-    that chance decides; the members of one seed share both, and so do the sweeps of different models. Members are
-    scored every `eval_every` steps, on the held-out paths of `config.seed`. The config's mesh, checkpoints, logs and
-    samples are left alone: a sweep runs on the first device. report: takes a line at each scoring.
+    As in `training.train`, a seed determines initialisation and data, so seeds differ in everything that is random. The
+    members of one seed share both, and so do sweeps of different models. Members are scored every `eval_every` steps on
+    the held-out paths of `config.seed`. The config's mesh, checkpoints, logs and samples are ignored: a sweep runs on
+    the first device.
 
-    Raises ConfigError for a config that cannot be trained, and for seeds or rates that are none, repeated or negative.
+    Args:
+        config: the config.
+        seeds: the seeds.
+        lrs: the peak learning rates; by default the config's.
+        report: called with a line of text at each scoring.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        ConfigError: if the config cannot be trained, or seeds or learning rates are missing, repeated or negative.
     """
     config = training.resolve(config)
     seeds, rates = tuple(seeds), (config.optim.lr,) if lrs is None else tuple(lrs)
-    for what, given in (("seeds", seeds), ("lrs", rates)):
-        if not given or len(set(given)) < len(given) or not all(value >= 0 for value in given):
-            raise ConfigError(f"{what}: expected at least one, all different and none below 0, got {list(given)}.")
+    for name, values in (("seeds", seeds), ("lrs", rates)):
+        if not values or len(set(values)) < len(values) or not all(value >= 0 for value in values):
+            raise ConfigError(f"{name}: expected at least one, all different and none below 0, got {list(values)}.")
     batches = training.make_batches(config, report)
+    held_out = batches.evaluation(config.eval_batches)
+    program = _program(config, batches)
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    lr_values = jnp.array(rates, jnp.float32)
+    state = program.start(keys, lr_values)
+    steps, losses = [], []
+    for steps_done in range(0, config.steps + 1, config.steps_per_call):
+        if steps_done % config.eval_every == 0 or steps_done == config.steps:
+            parts = [program.score(state.model, *part) for part in held_out]
+            total, count = (np.sum([np.asarray(part[i], float) for part in parts], axis=0) for i in range(2))
+            steps.append(steps_done)
+            losses.append((total / count).ravel())
+            if report is not None:
+                report(f"step {steps_done:>6}/{config.steps}  " + "  ".join(f"{loss:.4f}" for loss in losses[-1]))
+        if steps_done < config.steps:
+            state = program.advance(state, keys, lr_values, _inputs(config, batches, seeds, steps_done))
+    return Sweep(
+        config=config,
+        seeds=tuple(seed for seed in seeds for _ in rates),
+        lrs=tuple(lr for _ in seeds for lr in rates),
+        models=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), state.model),
+        steps=np.array(steps),
+        losses=np.array(losses),
+    )
+
+
+class _Program(NamedTuple):
+    """The jitted functions of a sweep of S seeds (keys [S]) and L learning rates [L].
+
+    Attributes:
+        start: (keys, lrs) -> the states at step 0, every leaf [S, L, ...].
+        advance: (states, keys, lrs, inputs of `_inputs`) -> the states after one call; it donates `states`.
+        score: (models, tokens, segments) -> `training.batch_loss` of every member, [S, L] each.
+    """
+
+    start: jax.stages.Wrapped
+    advance: jax.stages.Wrapped
+    score: jax.stages.Wrapped
+
+
+def _program(config: TrainConfig, batches: Any) -> _Program:
     # A schedule is proportional to its peak, and AdamW's update to its learning rate, so the rate can be traced.
     at_rate_one = training.optimizer(dataclasses.replace(config.optim, lr=1.0), config.steps)
     update_at = lambda lr: optax.chain(at_rate_one, optax.scale(lr))
-    over_rates, over_seeds = (None, 0, 0), (0, None, 0)  # of what a seed has, what a rate has, what a member has
+    over_rates, over_seeds = (None, 0, 0), (0, None, 0)  # for arguments per seed, per learning rate and per member
 
     def start(key: Key, lr: Array) -> training.State:
         return training.initial_state(config, update_at(lr), key)
@@ -92,46 +147,25 @@ def train(
         return training.train_step(config, update_at(lr), state, batch)[0]
 
     def call(state: training.State, keys: Key, lrs: Array, inputs: Any) -> training.State:
-        def together(state: training.State, inputs: Any) -> tuple[training.State, None]:
+        def advance_members(state: training.State, inputs: Any) -> tuple[training.State, None]:
             one_seed = jax.vmap(step, over_rates)
             return jax.vmap(one_seed, over_seeds)(jax.vmap(batch)(keys, inputs), lrs, state), None
 
-        return lax.scan(together, state, inputs)[0]
+        return lax.scan(advance_members, state, inputs)[0]
 
-    sources = [
-        dataclasses.replace(batches, seed=seed) if isinstance(batches, training.TextBatches) else batches
-        for seed in seeds
-    ]
-
-    def inputs_of(step: int) -> Any:
-        of_seeds = [source.inputs(step, config.steps_per_call) for source in sources]
-        return jax.tree.map(lambda *rows: np.stack(rows, axis=1), *of_seeds)
-
-    held_out = batches.evaluation(config.eval_batches)
-    score = jax.jit(jax.vmap(jax.vmap(training.batch_loss, (0, None, None)), (0, None, None)))
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    lr_values = jnp.array(rates, jnp.float32)
-    state = jax.jit(jax.vmap(jax.vmap(start, over_rates[:2]), over_seeds[:2]))(keys, lr_values)
-    advance = jax.jit(call, donate_argnums=0)
-    steps, losses = [], []
-    for done in range(0, config.steps + 1, config.steps_per_call):
-        if done % config.eval_every == 0 or done == config.steps:
-            parts = [score(state.model, *part) for part in held_out]
-            total, count = (np.sum([np.asarray(part[i], float) for part in parts], axis=0) for i in range(2))
-            steps.append(done)
-            losses.append((total / count).ravel())
-            if report is not None:
-                report(f"step {done:>6}/{config.steps}  " + "  ".join(f"{loss:.4f}" for loss in losses[-1]))
-        if done < config.steps:
-            state = advance(state, keys, lr_values, inputs_of(done))
-    return Sweep(
-        config=config,
-        seeds=tuple(seed for seed in seeds for _ in rates),
-        lrs=tuple(lr for _ in seeds for lr in rates),
-        models=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), state.model),
-        steps=np.array(steps),
-        losses=np.array(losses),
+    return _Program(
+        start=jax.jit(jax.vmap(jax.vmap(start, over_rates[:2]), over_seeds[:2])),
+        advance=jax.jit(call, donate_argnums=0),
+        score=jax.jit(jax.vmap(jax.vmap(training.batch_loss, (0, None, None)), (0, None, None))),
     )
+
+
+def _inputs(config: TrainConfig, batches: Any, seeds: Sequence[int], step: int) -> Any:
+    """Inputs of a call from `step`: those of `steps_per_call` steps, with an axis of seeds after that of steps."""
+    is_text = isinstance(batches, training.TextBatches)
+    sources = [dataclasses.replace(batches, seed=seed) if is_text else batches for seed in seeds]
+    of_seeds = [source.inputs(step, config.steps_per_call) for source in sources]
+    return jax.tree.map(lambda *rows: np.stack(rows, axis=1), *of_seeds)
 
 
 def held_out_losses(
@@ -139,8 +173,16 @@ def held_out_losses(
 ) -> Float[np.ndarray, "M n"]:
     """The mean loss of each path under each of M stacked models, in nats per token after the first.
 
-    paths: none of their tokens is padding. At most `batch_size` of them are walked at a time, by all models together.
-    Raises ValueError for paths that are no matrix of at least one path of two tokens, and a batch of none.
+    Args:
+        models: the models, every leaf [M, ...].
+        paths: [n, N], without padding.
+        batch_size: the number of paths that are walked at a time, by all models together.
+
+    Returns:
+        [M, n].
+
+    Raises:
+        ValueError: if there is not at least one path of at least two tokens, or `batch_size` is below 1.
     """
     paths = np.asarray(paths)
     if paths.ndim != 2 or len(paths) < 1 or paths.shape[1] < 2 or batch_size < 1:
@@ -149,21 +191,25 @@ def held_out_losses(
             f"{list(paths.shape)} in batches of {batch_size}. Stack paths of one length."
         )
     size = min(batch_size, len(paths))
-    whole = np.concatenate([paths, np.repeat(paths[-1:], -len(paths) % size, axis=0)])  # one program for all batches
-    parts = [np.asarray(_losses(models, whole[at : at + size]), np.float64) for at in range(0, len(whole), size)]
+    padded = np.concatenate([paths, np.repeat(paths[-1:], -len(paths) % size, axis=0)])  # one program for all batches
+    batches = [padded[start : start + size] for start in range(0, len(padded), size)]
+    parts = [np.asarray(_losses(models, batch), np.float64) for batch in batches]
     return np.concatenate(parts, axis=1)[:, : len(paths)]
 
 
 @jax.jit
 def _losses(models: Transformer, paths: Int[Array, "B N"]) -> Float[Array, "M B"]:
-    one = lambda model, path: -scores(model, path).mean()
-    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(models, paths)
+    loss = lambda model, path: -scores(model, path).mean()
+    return jax.vmap(jax.vmap(loss, (None, 0)), (0, None))(models, paths)
 
 
 class HeldOut(NamedTuple):
-    """Held-out paths [n, N] to choose with, and others, none in both, to report on.
+    """Two disjoint sets of held-out paths, and where they come from.
 
-    world, store: where they come from; one of them is None.
+    Attributes:
+        choosing: [n, N], paths to choose with, for example a learning rate.
+        own: [n, N], other paths, to report results on.
+        world, store: the source of the paths; one of them is None.
     """
 
     choosing: Int[np.ndarray, "n N"]
@@ -173,7 +219,10 @@ class HeldOut(NamedTuple):
 
 
 def held_out(config: TrainConfig, n: int) -> HeldOut:
-    """n paths of max_length + 1 tokens to choose with, and n others; of text as many as there are, none overlapping."""
+    """n held-out paths of max_length + 1 tokens to choose with and n others to report on.
+
+    For text, the paths do not overlap, and there are fewer if the validation split is too small.
+    """
     N = config.model.max_length + 1
     if isinstance(config.data, WorldData):
         world = worlds.make(config.data.world, **config.data.params)
@@ -181,43 +230,48 @@ def held_out(config: TrainConfig, n: int) -> HeldOut:
         return HeldOut(rows[:n], rows[n:], world=world)
     store = text.open_store(config.data)
     windows = store.windows("validation", N)
-    whole = np.array([t for tokens, runs in windows for t, run in zip(tokens, runs, strict=True) if (run == 1).all()])
+    whole = np.array(
+        [row for tokens, runs in windows for row, run in zip(tokens, runs, strict=True) if (run == 1).all()]
+    )
     n = min(n, len(whole) // 2)
-    # Those of one document follow each other, so the two sets take turns.
+    # Windows of one document are consecutive: alternate, so that both sets sample all documents.
     return HeldOut(whole[1::2][:n], whole[::2][:n], store=store)
 
 
 def flops(config: ModelConfig) -> float:
-    """Floating-point operations of scoring one path of max_length + 1 tokens, as XLA counts them.
+    """Floating-point operations to score one path of max_length + 1 tokens, as counted by XLA.
 
-    A scan's body counts once, however often it runs, which for recurrent aggregates is too few. NaN where the backend
-    does not count.
+    XLA counts the body of a scan once, so the count is too low for recurrent aggregates. NaN if the backend does not
+    count.
     """
-    model = jax.eval_shape(lambda: unrolled(init(config, jax.random.key(0))))  # a scan over layers counts one
+    # Unrolled, since a scan over layers would be counted as one layer.
+    model = jax.eval_shape(lambda: unrolled(init(config, jax.random.key(0))))
     path = jax.ShapeDtypeStruct((config.max_length + 1,), jnp.int32)
     counted = jax.jit(path_log_prob).lower(model, path).cost_analysis() or {}
     return float(counted.get("flops", math.nan))
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """How many parameters a model of this config has."""
+    """The number of parameters of a model with this config."""
     return sum(a.size for a in jax.tree.leaves(jax.eval_shape(lambda: init(config, jax.random.key(0)))))
 
 
 def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
-    """`config` with the hidden width of its filters, one for all layers, that brings it nearest to `target` parameters.
+    """`config` with the hidden width of all filters set so that the model is closest to `target` parameters.
 
-    What is left of the difference, `count_parameters` says: at most half of what one hidden unit has in all layers.
-    Raises ConfigError where there is no filter, or where the rest of the model is too large already.
+    The remaining difference (see `count_parameters`) is at most half the parameters of one hidden unit in all layers.
+
+    Raises:
+        ConfigError: if there is no filter, or the rest of the model is already too large.
     """
 
     def with_hidden(hidden: int) -> ModelConfig:
         def widened(filter: MLPConfig | None) -> MLPConfig | None:
             return None if filter is None else dataclasses.replace(filter, hidden=hidden)
 
-        chosen = config.filter
+        filters = config.filter
         return dataclasses.replace(
-            config, filter=tuple(map(widened, chosen)) if isinstance(chosen, tuple) else widened(chosen)
+            config, filter=tuple(map(widened, filters)) if isinstance(filters, tuple) else widened(filters)
         )
 
     least = count_parameters(with_hidden(1))

@@ -1,11 +1,19 @@
 """What all tests share: checked shapes, strict numerics, float64, and models whose parameters are all in play."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before jax starts. Eight host devices for the tests of meshes (everything else runs on the first, and is no slower
 # for it), and quick compilation, which is most of the time tests take: a quarter less. With XLA_FLAGS set to the
-# first of these alone, the laws are held by fully optimised code too.
+# first of these alone, the laws are held by fully optimised code too. What one process compiles serves the other
+# workers, and the scripts that tests start.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit it from the process that starts them
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxwalk-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
@@ -34,6 +42,11 @@ with install_import_hook("jaxwalk", "beartype.beartype(conf=beartype.BeartypeCon
         jw.aggregates.config_class(_name)
     for _name in jw.analyses.names():
         getattr(jw.analyses, _name)
+
+
+def quick(names, cases):
+    """The cases as parameters, those not among `names` for the slow tests only."""
+    return [case if case in names else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def float64():

@@ -15,7 +15,7 @@ from jaxwalk.aggregates import _linear
 from jaxwalk.aggregates._contract import causal_mask, documents_of
 from jaxwalk.aggregates._rotary import frequencies, gain
 from jaxwalk.config import ConfigError, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
-from tests.conftest import float64, normal, perturbed, to64
+from tests.conftest import float64, normal, perturbed, quick, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 
@@ -98,10 +98,8 @@ LINEAR = ("linear_attention", "retention", "gated_linear_attention", "delta_net"
 REPRESENTATIVE = {"attention", "gated_delta_net", "mamba", "lru", "gru", "hyena", "gmlp"}
 
 
-def variants(quick):
-    return pytest.mark.parametrize(
-        "variant", [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-    )
+def variants(names):
+    return pytest.mark.parametrize("variant", quick(names, VARIANTS))
 
 
 # Every family is held to every law in the slow tests. In the others each with its defaults is held to the first, that
@@ -517,10 +515,7 @@ def test_linear_recurrences_against_their_papers(name):
     np.testing.assert_allclose(y, recurrence(aggregate, name, np.array(X, float)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in REPRESENTATIVE else pytest.param(name, marks=pytest.mark.slow) for name in jw.aggregates.names()],
-)
+@pytest.mark.parametrize("name", quick(REPRESENTATIVE, jw.aggregates.names()))
 def test_three_algorithms_agree_over_many_positions(name):
     N = 256
     choices = {"linear_attention": {"features": "softmax"}}.get(name, {})

@@ -10,7 +10,7 @@ import pytest
 import jaxwalk as jw
 from jaxwalk.aggregates._recurrent import tanh_gate
 from jaxwalk.config import ConfigError
-from tests.conftest import model_of, normal, perturbed, to64
+from tests.conftest import model_of, normal, perturbed, quick, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 
@@ -144,7 +144,7 @@ def test_it_is_what_its_paper_says(name, choices, x64):
         np.testing.assert_allclose(y, expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "lstm" else n for n in NAMES])
+@pytest.mark.parametrize("name", quick({"gru", "rwkv4"}, NAMES))
 def test_whole_models_are_decomposed_exactly(name, x64):
     each = tuple(jw.aggregates.config(name, **choices) for choices in CHOICES[name])
     model = to64(model_of(aggregate=each, filter=None))
@@ -156,7 +156,7 @@ def test_whole_models_are_decomposed_exactly(name, x64):
     assert not np.asarray(heads.by_head)[:, :3].any()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick({"rwkv7"}, NAMES))
 def test_whole_models_in_float32(name):
     model = model_of(aggregate=name, norm="rms_norm", filter=None)
     assert jw.decompose(model, TOKENS, 5).error <= 2e-6
@@ -186,7 +186,7 @@ def test_associative_and_one_by_one_sums_of_rwkv4(x64):
         with pytest.MonkeyPatch.context() as patch:
             other = lambda *given, cpu, default: (cpu if platform == "cpu" else default)(*given)
             patch.setattr(rwkv4.lax, "platform_dependent", other)
-            sums = rwkv4.running(log_decay, rwkv4.Sums(k, v, jnp.ones_like(k)))
+            sums = rwkv4.cumulative_sums(log_decay, rwkv4.Sums(k, v, jnp.ones_like(k)))
         return sums.numerator / sums.denominator
 
     def run(platform):

@@ -252,7 +252,7 @@ def test_what_accelerators_run_is_what_cpus_run(dtype, monkeypatch):
 def test_rows_are_those_of_the_recurrence():
     decay, writes, reads = (normal(i, 9, 3, 4) / 2 for i in range(3))
     rows = jnp.array([7, 0, 3])
-    A = _diagonal.rows_read(rows, lambda at: at, (decay, writes), reads[rows])
+    A = _diagonal.summed_recurrence_rows(rows, lambda at: at, (decay, writes), reads[rows])
     entering = normal(5, 9, 4)
     h = _diagonal.recur(decay, writes * entering[:, None], jnp.zeros((3, 4)))
     np.testing.assert_allclose(jnp.sum(A * entering[:, None], axis=0), jnp.sum(reads * h, axis=1)[rows], atol=1e-6)

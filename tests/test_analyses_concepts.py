@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import chisquare, t
 
 import jaxwalk as jw
-from jaxwalk.analyses import NotApplicable, Subject, co_occurrence, concept_space
+from jaxwalk.analyses import NotApplicable, Subject, _concepts, co_occurrence, concept_space
 from jaxwalk.config import ConfigError, TextData
 from jaxwalk.evidence import statistics
 from jaxwalk.filters import Embed, Unembed
@@ -224,7 +224,7 @@ def test_resampling_within_strata_keeps_what_differs_between_them():
 
 
 def test_the_shipped_words_are_in_one_category_each():
-    concepts = concept_space.read_concepts(concept_space.FILE)
+    concepts = _concepts.read_concepts(_concepts.FILE)
     assert len(concepts.categories) >= 15
     for group in (concepts, concepts.characters):
         words = list(itertools.chain(*group.categories.values()))
@@ -253,10 +253,10 @@ class Spaced:
 
 def test_a_word_is_one_token_with_or_without_a_space():
     vocabulary = Spaced("x", " dog", "dog", "cat")
-    assert [concept_space.single_token(vocabulary, w) for w in ("dog", "cat", "cow")] == [1, 3, None]
-    assert concept_space.single_token(SymbolVocabulary(("A", "B")), "B") == 1
-    assert concept_space.single_token(SymbolVocabulary(("A", "B")), "C") is None
-    assert [concept_space.single_token(ByteVocabulary(), w) for w in ("a", "ab")] == [97, None]
+    assert [_concepts.single_token(vocabulary, w) for w in ("dog", "cat", "cow")] == [1, 3, None]
+    assert _concepts.single_token(SymbolVocabulary(("A", "B")), "B") == 1
+    assert _concepts.single_token(SymbolVocabulary(("A", "B")), "C") is None
+    assert [_concepts.single_token(ByteVocabulary(), w) for w in ("a", "ab")] == [97, None]
 
 
 def test_unknown_and_ambiguous_words_are_counted_and_named(tmp_path):
@@ -299,7 +299,7 @@ def test_a_bad_file_is_refused_with_its_place(content, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         concept_space.analyse(subject, concepts=tmp_path / "bad.json")
     with pytest.raises(ConfigError, match=r"nothing\.json"):
-        concept_space.read_concepts(tmp_path / "nothing.json")
+        _concepts.read_concepts(tmp_path / "nothing.json")
 
 
 def test_what_has_no_concepts():

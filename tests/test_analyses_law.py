@@ -13,8 +13,8 @@ import pytest
 
 import jaxwalk as jw
 from jaxwalk.analyses import NotApplicable, Subject, analyse
-from jaxwalk.analyses import _statistics as statistics
 from jaxwalk.config import ConfigError
+from jaxwalk.evidence import statistics
 from jaxwalk.evidence.laws import NGram, _observe, fit_ngrams
 from jaxwalk.text import open_store
 from tests.conftest import model_of

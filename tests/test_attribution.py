@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
-from tests.conftest import float64, model_of, to64
+from tests.conftest import float64, model_of, quick, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 
@@ -33,7 +33,7 @@ def score(model, vectors, token, at, segments=None):
     return jax.nn.log_softmax(model.logits(context))[token]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick({"sandwich"}, MODELS))
 def test_integrated_gradients_are_complete_and_the_held_parts_exact(name, x64):
     model = model64(name)
     vectors = model.token_vectors[TOKENS]
@@ -56,14 +56,14 @@ def test_integrated_gradients_in_float32():
         assert abs(result.gap) < 1e-3 * max(abs(float(result.whole)), 0.1)
 
 
-@pytest.mark.parametrize("method", AGAINST_BASELINE)
+@pytest.mark.parametrize("method", quick({jw.integrated_gradients}, AGAINST_BASELINE))
 def test_in_bfloat16_near_what_it_is_in_float32(method):
     model = model_of()
     near, exact = method(jw.astype(model, jnp.bfloat16), TOKENS, 1), method(model, TOKENS, 1)
     np.testing.assert_allclose(near.by_token, exact.by_token, atol=0.05 * np.abs(exact.by_token).max() + 0.02)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick({"sandwich"}, MODELS))
 def test_occlusion_and_gradient_are_what_they_are_called(name, x64):
     model = model64(name)
     vectors = model.token_vectors[TOKENS]
@@ -82,14 +82,16 @@ def test_occlusion_and_gradient_are_what_they_are_called(name, x64):
     np.testing.assert_allclose(gradient.gap, gradient.by_token.sum() - gradient.whole, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [jw.held_attribution, *AGAINST_BASELINE])
+@pytest.mark.parametrize(
+    "method", quick({jw.held_attribution, jw.gradient_attribution}, [jw.held_attribution, *AGAINST_BASELINE])
+)
 def test_tokens_that_cannot_matter_get_nothing(method):
     result = method(model_of(), TOKENS, 2, 5, segments=SEGMENTS)
     np.testing.assert_array_equal(result.by_token[jnp.array([0, 1, 2, 6])], 0)
     assert np.abs(result.by_token[3:6]).min() > 0
 
 
-@pytest.mark.parametrize("method", AGAINST_BASELINE)
+@pytest.mark.parametrize("method", quick({jw.integrated_gradients}, AGAINST_BASELINE))
 def test_a_path_at_its_baseline_has_nothing_to_attribute(method):
     model = model_of()
     path = np.full(4, 3)
@@ -98,7 +100,7 @@ def test_a_path_at_its_baseline_has_nothing_to_attribute(method):
     assert result.gap == result.whole == 0
 
 
-@pytest.mark.parametrize("method", AGAINST_BASELINE)
+@pytest.mark.parametrize("method", quick({jw.integrated_gradients}, AGAINST_BASELINE))
 def test_batched_as_alone(method):
     model = model_of()
     paths = np.array([TOKENS, TOKENS[::-1]])

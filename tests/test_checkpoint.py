@@ -15,6 +15,7 @@ import jaxwalk as jw
 from jaxwalk import checkpoint, training
 from jaxwalk.checkpoint import CheckpointError, Run
 from jaxwalk.config import CheckpointConfig, ConfigError, MeshConfig
+from jaxwalk.filters import stream
 from jaxwalk.model import unrolled
 from jaxwalk.model.layout import apart, path_of, stacked, stored_paths
 from tests.test_training import small
@@ -94,7 +95,7 @@ def test_load_gives_the_model_and_its_vocabulary(run):
     model, vocabulary = jw.load(run)
     assert vocabulary.decode(vocabulary.encode("0 1 1")).replace(" ", "") == "011"
     untrained, _ = jw.load(run, step=0)
-    fresh = jw.init(Run(run).config.model, training.stream(jax.random.key(0), "model"))
+    fresh = jw.init(Run(run).config.model, stream(jax.random.key(0), "model"))
     for a, b in zip(leaves(untrained), leaves(fresh), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
     assert any((a != b).any() for a, b in zip(leaves(model), leaves(untrained), strict=True))
@@ -152,7 +153,7 @@ def test_a_corrupted_state_is_named_and_the_previous_one_resumes(copy):
         training.train(config, copy, resume=True, out=io.StringIO())
     out = io.StringIO()
     training.train(config, copy, resume=50, out=out)
-    assert "resumed from step 50; what was saved at 60 is deleted" in out.getvalue()
+    assert "resumed from step 50; deleted the later steps 60" in out.getvalue()
     assert leaves(jw.load(copy)[0])
 
 

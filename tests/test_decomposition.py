@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 import jaxwalk as jw
 from jaxwalk.filters import module
 from jaxwalk.probes import decomposition as d
-from tests.conftest import float64, model_of, to64
+from tests.conftest import float64, model_of, quick, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 
@@ -71,8 +71,8 @@ MODELS = {
     },
     "no-layers": {"depth": 0},
 }
-QUICK = ("pre-gated", "post", "recurrences", "sandwich")
-each = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+QUICK = {"pre-gated", "recurrences", "sandwich"}
+each = pytest.mark.parametrize("name", quick(QUICK, MODELS))
 CUTS = {
     "token": d.decompose,
     "steps": d.decompose_steps,
@@ -119,7 +119,7 @@ def test_the_parts_of_every_cut_sum_to_what_the_model_computes(name, cut, x64):
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("name", ["pre-gated", "post-rms", "sandwich", "res_post"])
+@pytest.mark.parametrize("name", quick({"post-rms"}, ["pre-gated", "post-rms", "sandwich", "res_post"]))
 def test_float32_is_exact_to_rounding(name, cut):
     if not applies(cut, name):
         pytest.skip("nothing to cut")

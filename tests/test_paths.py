@@ -13,7 +13,7 @@ from scipy import stats
 import jaxwalk as jw
 from jaxwalk import paths as paths_module
 from jaxwalk.paths import Paths, altered_law, continuations, enumerated_log_probs, step_log_probs
-from tests.conftest import float64, model_of, to64
+from tests.conftest import float64, model_of, quick, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 
@@ -170,8 +170,7 @@ def search(steps, k, vocab_size=V, **options):
 
 @pytest.mark.parametrize(
     ("vocab_size", "steps", "k"),
-    [(3, 4, 7), (7, 2, 10), (5, 1, 3), (3, 2, 20)]
-    + [pytest.param(*args, marks=pytest.mark.slow) for args in ((3, 5, 1), (2, 5, 32))],
+    quick({(3, 4, 7), (3, 2, 20)}, [(3, 4, 7), (3, 2, 20), (7, 2, 10), (5, 1, 3), (3, 5, 1), (2, 5, 32)]),
 )
 def test_top_paths_are_brute_force(vocab_size, steps, k):
     rows, log_probs = exact(steps, 0, vocab_size)
@@ -188,7 +187,9 @@ def test_top_paths_are_brute_force(vocab_size, steps, k):
         assert np.isneginf(found.bound)
 
 
-@pytest.mark.parametrize("aggregate", ["attention", "causal_mean", jw.aggregates.config("attention", window=2)])
+@pytest.mark.parametrize(
+    "aggregate", quick({"attention"}, ["attention", "causal_mean", jw.aggregates.config("attention", window=2)])
+)
 def test_states_that_are_kept_and_states_that_are_retraced_lead_to_the_same_paths(aggregate, monkeypatch):
     m = model(aggregate=aggregate)
     run = lambda: jax.jit(lambda m: jw.top_paths(m, PROMPT, 4, 6, budget=64, width=3))(m)

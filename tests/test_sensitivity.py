@@ -147,12 +147,12 @@ def test_context_sensitivity_by_two_algorithms(name, packed):
 
 
 BLOCKS = {
-    "three directions of 16 together": ({}, {"TOGETHER": 3 * 4 * 17**2}),
+    "three directions of 16 together": ({}, {"BATCH_ELEMENTS": 3 * 4 * 17**2}),
     "one direction at a time": (
         {"filter": jw.MLPConfig(gated=True, activation="silu"), "positions": "none", "depth": 3},
-        {"TOGETHER": 1},
+        {"BATCH_ELEMENTS": 1},
     ),
-    "filters without Jacobians": ({"placement": "post"}, {"JACOBIANS": 0}),
+    "filters without Jacobians": ({"placement": "post"}, {"JACOBIAN_ELEMENTS": 0}),
     "layers of two kinds": ({"remat": True, "aggregate": ("fixed_mixing", "causal_mean"), "depth": 5}, {}),
     "values that depend on values before them": ({"aggregate": "gru"}, {}),
     "one layer": ({"depth": 1}, {}),
@@ -165,7 +165,7 @@ BLOCKS = {
 def test_context_sensitivity_in_blocks_of_rows(case, packed, monkeypatch):
     """However the work is cut up: blocks of 5 rows, the last of 2."""
     choices, constants = BLOCKS[case]
-    for name, value in ({"LONG": 0} | constants).items():
+    for name, value in ({"SPLIT_WORK": 0} | constants).items():
         monkeypatch.setattr(influence, name, value)
     tokens = np.arange(34, dtype=np.int32).reshape(2, 17) % 5
     segments = jnp.asarray(np.arange(17, dtype=np.int32) // 7 + 1) if packed else None

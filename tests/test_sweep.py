@@ -11,7 +11,7 @@ import pytest
 
 import jaxwalk as jw
 from jaxwalk import sweep, training
-from jaxwalk.config import ConfigError, MLPConfig, OptimConfig, TextData
+from jaxwalk.config import ConfigError, MLPConfig, OptimConfig, TextData, TrainConfig
 from tests.conftest import model_of
 from tests.test_training import parameters_after, small
 
@@ -19,7 +19,7 @@ from tests.test_training import parameters_after, small
 SEEDS, RATES = (3, 0), (1e-2, 3e-3, 1e30)
 
 
-def config(**changes) -> training.TrainConfig:
+def config(**changes) -> TrainConfig:
     return small(**{"steps": 10, "eval_every": 5, "optim": OptimConfig(lr=1e-2, warmup=3), **changes})
 
 

@@ -1,7 +1,7 @@
 """Elementwise recurrences h_t = a_t h_(t-1) + b_t, real or complex, and the rows of their mixing matrices.
 
-A document starts with a decay a of 0, which erases what came before. Nothing is divided by a product of decays, and no
-logarithms are subtracted, so that decays of 0 and 1 are exact and have finite derivatives.
+The decay a is 0 at the start of a document, which erases what came before. Nothing is divided by a product of decays,
+and no logarithms are subtracted, so that decays of 0 and 1 are exact and have finite derivatives.
 """
 
 from collections.abc import Callable
@@ -13,95 +13,110 @@ from jax import lax
 from jaxtyping import Array, Int, Num
 
 
-def recur(decay: Num[Array, " T *n"], entering: Num[Array, " T *n"], start: Num[Array, "*n"]) -> Num[Array, " T *n"]:
-    """All h_t, given h = `start` before the first position.
+def recur(decay: Num[Array, " T *n"], inputs: Num[Array, " T *n"], start: Num[Array, "*n"]) -> Num[Array, " T *n"]:
+    """All states h_t, given h = `start` before the first position.
 
-    On CPU a scan, which is 1.3 to 3 times faster there, gradient included; elsewhere an associative scan (Blelloch
-    1990), which takes log T steps. Chunks and unrolling gain nothing, as the recurrence is bound by memory.
+    On CPU, this is a scan, which is 1.3 to 3 times faster there, gradient included. Elsewhere it is an associative scan
+    (Blelloch 1990), which takes log T steps. Chunking or unrolling does not help, as the recurrence is memory-bound.
     """
 
-    def one_by_one(decay: Array, entering: Array, start: Array) -> Array:
-        def step(h: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
-            h = at[0] * h + at[1]
+    def sequential(decay: Array, inputs: Array, start: Array) -> Array:
+        def step(h: Array, coefficients: tuple[Array, Array]) -> tuple[Array, Array]:
+            a, b = coefficients
+            h = a * h + b
             return h, h
 
-        return lax.scan(step, start, (decay, entering))[1]
+        return lax.scan(step, start, (decay, inputs))[1]
 
-    def all_at_once(decay: Array, entering: Array, start: Array) -> Array:
-        return associative(decay, entering.at[0].add(decay[0] * start))
+    def parallel(decay: Array, inputs: Array, start: Array) -> Array:
+        return recur_associatively(decay, inputs.at[0].add(decay[0] * start))
 
-    return lax.platform_dependent(decay, entering, start, cpu=one_by_one, default=all_at_once)
+    return lax.platform_dependent(decay, inputs, start, cpu=sequential, default=parallel)
 
 
-def associative(decay: Num[Array, " T *n"], entering: Num[Array, " T *n"]) -> Num[Array, " T *n"]:
-    """`recur` from a start of zeros, by an associative scan."""
+def recur_associatively(decay: Num[Array, " T *n"], inputs: Num[Array, " T *n"]) -> Num[Array, " T *n"]:
+    """`recur` by an associative scan, with a start of zero."""
 
-    def join(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    def compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
         return first[0] * second[0], second[0] * first[1] + second[1]
 
-    return lax.associative_scan(join, (decay, entering))[1]
+    return lax.associative_scan(compose, (decay, inputs))[1]
 
 
-def rows_of(
+def recurrence_rows(
     rows: Int[Array, " R"], decay: Num[Array, " T *n"], writes: Num[Array, " T *n"], reads: Num[Array, " R *n"]
 ) -> Num[Array, " T R *n"]:
-    """[j, i, ...]: reads_i (the product of the decays after j up to i) writes_j, and 0 for j > i.
+    """Rows of the mixing matrix of y_t = reads_t h_t, h_t = decay_t h_(t-1) + writes_t v_t, source positions first.
 
-    This is what position rows[i] reads of what position j wrote: rows of A, with the source positions first.
+    Entry [j, i, ...] is reads_i (decay_(j+1) ... decay_rows[i]) writes_j, and 0 for j > rows[i].
     """
 
-    def back(carried: Array, at: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        j, decay, write = at
-        carried = jnp.where((rows == j).reshape(-1, *(1,) * (reads.ndim - 1)), reads, carried)
-        return carried * decay[None], carried * write[None]
+    def step_back(carry: Array, source: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        j, decay, write = source
+        carry = jnp.where((rows == j).reshape(-1, *(1,) * (reads.ndim - 1)), reads, carry)
+        return carry * decay[None], carry * write[None]
 
     dtype = jnp.result_type(decay, reads)
     sources = jnp.arange(len(decay), dtype=rows.dtype), decay, writes
-    return lax.scan(back, jnp.zeros(reads.shape, dtype), sources, reverse=True)[1]
+    return lax.scan(step_back, jnp.zeros(reads.shape, dtype), sources, reverse=True)[1]
 
 
 def recur_and_read(
-    parts: Callable[[Any], tuple[Array, Array, Array]], at: Any, start: Num[Array, " N *n"]
+    coefficients: Callable[[Any], tuple[Array, Array, Array]], xs: Any, start: Num[Array, " N *n"]
 ) -> tuple[Num[Array, " T *n"], Num[Array, " N *n"]]:
-    """sum over N of reads_t h_t for all t, and the last h, where decay_t, entering_t and reads_t are parts(at_t).
+    """`recur` followed by a sum over the state, for a state much larger than its inputs and than the sums.
 
-    `recur` for states that are much larger than their inputs and than what is read from them: on CPU decays and inputs
-    of the state exist for one position at a time; the backward pass keeps only the states and recomputes the decays.
-    Gradient included, this is 2 to 4 times faster than computing them before the scan.
+    On CPU, the decays and inputs of the state are materialised for one position at a time, and the backward pass stores
+    only the states and recomputes the decays. Gradient included, this is 2 to 4 times faster than computing them before
+    the scan.
+
+    Args:
+        coefficients: maps the entry of `xs` at a position to (decay_t, inputs_t, reads_t), which broadcast to [N, ...].
+        xs: a pytree with leaves [T, ...].
+        start: [N, ...], the state before the first position.
+
+    Returns:
+        The sums over N of reads_t h_t at all positions, and the last state.
     """
 
-    def one_by_one(at: Any, start: Array) -> tuple[Array, Array]:
+    def sequential(xs: Any, start: Array) -> tuple[Array, Array]:
         @jax.checkpoint
-        def step(h: Array, at: Any) -> tuple[Array, Array]:
-            decay, entering, reads = parts(at)
-            h = decay * h + entering
+        def step(h: Array, x: Any) -> tuple[Array, Array]:
+            decay, inputs, reads = coefficients(x)
+            h = decay * h + inputs
             return h, jnp.sum(reads * h, axis=0)
 
-        last, y = lax.scan(step, start, at)
+        last, y = lax.scan(step, start, xs)
         return y, last
 
-    def all_at_once(at: Any, start: Array) -> tuple[Array, Array]:
-        decay, entering, reads = jax.vmap(parts)(at)
-        h = associative(decay, entering.at[0].add(decay[0] * start))
+    def parallel(xs: Any, start: Array) -> tuple[Array, Array]:
+        decay, inputs, reads = jax.vmap(coefficients)(xs)
+        h = recur_associatively(decay, inputs.at[0].add(decay[0] * start))
         return jnp.sum(reads * h, axis=1), h[-1]
 
-    return lax.platform_dependent(at, start, cpu=one_by_one, default=all_at_once)
+    return lax.platform_dependent(xs, start, cpu=sequential, default=parallel)
 
 
-def rows_read(
+def summed_recurrence_rows(
     rows: Int[Array, " R"],
-    parts: Callable[[Any], tuple[Array, Array]],
-    at: Any,
+    coefficients: Callable[[Any], tuple[Array, Array]],
+    xs: Any,
     reads: Num[Array, "R N *n"],
 ) -> Num[Array, " T R *n"]:
-    """`rows_of` for the states of `recur_and_read`, summed over the state axis: decay_t and writes_t are
-    parts(at_t)."""
+    """The counterpart of `recurrence_rows` for `recur_and_read`: rows summed over the state.
 
-    def back(carried: Array, source: tuple[Array, Any]) -> tuple[Array, Array]:
-        j, at = source
-        decay, writes = parts(at)
-        carried = jnp.where((rows == j).reshape(-1, *(1,) * (reads.ndim - 1)), reads, carried)
-        return carried * decay[None], jnp.sum(carried * writes[None], axis=1)
+    Args:
+        rows: [R], the positions of the requested rows.
+        coefficients: maps the entry of `xs` at a position to (decay_t, writes_t), which broadcast to [N, ...].
+        xs: a pytree with leaves [T, ...].
+        reads: [R, N, ...], the weights of the sums over the state at the requested rows.
+    """
 
-    sources = jnp.arange(len(jax.tree.leaves(at)[0]), dtype=rows.dtype), at
-    return lax.scan(back, jnp.zeros_like(reads), sources, reverse=True)[1]
+    def step_back(carry: Array, source: tuple[Array, Any]) -> tuple[Array, Array]:
+        j, x = source
+        decay, writes = coefficients(x)
+        carry = jnp.where((rows == j).reshape(-1, *(1,) * (reads.ndim - 1)), reads, carry)
+        return carry * decay[None], jnp.sum(carry * writes[None], axis=1)
+
+    sources = jnp.arange(len(jax.tree.leaves(xs)[0]), dtype=rows.dtype), xs
+    return lax.scan(step_back, jnp.zeros_like(reads), sources, reverse=True)[1]

@@ -1,8 +1,8 @@
-"""Gated recurrent networks: gates that read the past of the network, and the mixing matrix they make.
+"""Gated recurrent networks (GRU, LSTM), whose gates depend on the hidden state, and their mixing matrices.
 
-Channel by channel s_i = keep_i s_(i-1) + write_i v_i and h_i = read_i s_i, where gates and candidates v_i are
-functions of x_i and h_(i-1). So h = A v with A_ij = read_i (product of keep over j < m <= i) write_j. That is an
-identity, but v is not a function of one position: hence the kind "conditional".
+In each channel, s_i = keep_i s_(i-1) + write_i v_i and h_i = read_i s_i, where the gates and the candidates v_i are
+functions of x_i and h_(i-1). Hence h = A v with A_ij = read_i (keep_(j+1) ... keep_i) write_j. This identity is exact,
+but v_j is not a function of position j alone, so A is of kind "conditional".
 """
 
 import abc
@@ -16,12 +16,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments, documents_of, last
-from jaxwalk.aggregates._diagonal import rows_of
+from jaxwalk.aggregates._diagonal import recurrence_rows
 from jaxwalk.filters import Key, Linear, held, module, tanh_gate, wide
 
 
 class Gates(NamedTuple):
-    """The factors of one position, in each channel, in at least float32."""
+    """The candidates and gates of a position in each channel, in at least float32."""
 
     value: Float[Array, "*n H"]
     keep: Float[Array, "*n H"]
@@ -31,30 +31,33 @@ class Gates(NamedTuple):
 
 @module
 class RecurrentNetwork(Aggregate):
-    """The recurrence above; G is the H channels of the hidden state. A family defines its `cell`.
+    """A gated recurrent network, as defined in the docstring of this module. A family defines its `cell`.
 
-    The memory is what the cell remembers, h first, in at least float32. Held are all gates, and tanh(a) / a, which
-    leaves the recurrence affine in the inputs. Only the product with the hidden state is inside the scan; that with the
-    inputs is computed for all positions beforehand.
+    Only the product with the hidden state is inside the scan; the product with the inputs is computed for all positions
+    beforehand.
+
+    Mixing matrix: conditional, one per channel of the hidden state.
+    Held coefficients: all gates, and the factors tanh(a) / a, so that the recurrence is affine in the inputs.
+    Memory: the vectors that the cell carries, starting with h, in at least float32.
     """
 
     granularity = "channel"
     kind = "conditional"
     memories: ClassVar[int]
-    """N, the number of vectors that the cell remembers."""
+    """N, the number of vectors that the cell carries."""
     reads = frozenset({"input"})
 
     input: Linear = nnx.data()
-    """To the arguments of all gates and of the candidate, side by side."""
+    """From the input to the arguments of all gates and of the candidate, concatenated."""
     recurrent: Linear = nnx.data()
-    """Likewise from the hidden state."""
+    """The same from the hidden state."""
     out: Linear = nnx.data()
 
     @abc.abstractmethod
     def cell(
         self, memory: Float[Array, "N H"], inputs: Float[Array, " E"], hold: bool
     ) -> tuple[Float[Array, "N H"], Gates]:
-        """The next memory and the factors that led to it, where `inputs` is `input` of the position."""
+        """The next memory and the gates that produced it, given `inputs`, the output of `input` at the position."""
 
     def _inputs(self, x: Array) -> Array:
         return jax.vmap(self.input)(x).astype(wide(x.dtype))
@@ -62,13 +65,13 @@ class RecurrentNetwork(Aggregate):
     def _from_hidden(self, h: Array) -> Array:
         return self.recurrent(h.astype(self.recurrent.weight.dtype)).astype(h.dtype)
 
-    def _run(self, x: Array, documents: Documents, keep: Callable[[Array, Gates], Any], hold: bool = False) -> Any:
-        """`keep` of the memory and the factors at each position."""
+    def _run(self, x: Array, documents: Documents, collect: Callable[[Array, Gates], Any], hold: bool = False) -> Any:
+        """`collect` of the memory after each position and of its gates."""
 
-        def step(memory: Array, at: tuple[Array, Array]) -> tuple[Array, Any]:
-            inputs, first = at
+        def step(memory: Array, position: tuple[Array, Array]) -> tuple[Array, Any]:
+            inputs, first = position
             memory, gates = self.cell(jnp.where(first, 0, memory), inputs, hold)
-            return memory, keep(memory, gates)
+            return memory, collect(memory, gates)
 
         return lax.scan(step, self.init_memory(len(x)), (self._inputs(x), documents.first))[1]
 
@@ -81,7 +84,7 @@ class RecurrentNetwork(Aggregate):
     ) -> Float[Array, "H R T"]:
         gates = self._run(x, documents, lambda memory, gates: gates)
         keep = jnp.where(documents.first[:, None], 0, gates.keep)
-        return rows_of(rows, keep, gates.write, gates.read[rows]).transpose(2, 1, 0)
+        return recurrence_rows(rows, keep, gates.write, gates.read[rows]).transpose(2, 1, 0)
 
     def readout(self, y: Float[Array, "H R 1"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         return jax.vmap(self.out)(y[..., 0].T)
@@ -102,13 +105,12 @@ class RecurrentNetwork(Aggregate):
 
 
 def recurrent_weights(hidden: int, gates: int, *, bias: bool, key: Key) -> Linear:
-    """An orthogonal matrix for each gate, side by side (Saxe et al., arXiv 1312.6120); a zero bias, or None."""
-    square = jax.random.orthogonal(key, hidden, (gates,), jnp.float32)
-    return Linear(
-        square.transpose(1, 0, 2).reshape(hidden, -1), jnp.zeros(gates * hidden, jnp.float32) if bias else None
-    )
+    """An orthogonal matrix per gate (Saxe et al., arXiv 1312.6120), concatenated; a zero bias if `bias`."""
+    orthogonal = jax.random.orthogonal(key, hidden, (gates,), jnp.float32)
+    weight = orthogonal.transpose(1, 0, 2).reshape(hidden, -1)
+    return Linear(weight, jnp.zeros(gates * hidden, jnp.float32) if bias else None)
 
 
 def tanh(a: Float[Array, "*n"], hold: bool) -> Float[Array, "*n"]:
-    """tanh(a); with `hold`, the constant tanh(a) / a times a."""
+    """tanh(a); with `hold`, as the product of a and the held coefficient tanh(a) / a."""
     return held(tanh_gate(a), hold) * a if hold else jnp.tanh(a)

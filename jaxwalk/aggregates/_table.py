@@ -1,4 +1,4 @@
-"""Heads whose A is a learned table of positions, independent of the tokens."""
+"""Heads whose mixing matrix is a learned table of positions, independent of the tokens."""
 
 import abc
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from jaxwalk.filters import Linear, indices, module, wide
 
 @dataclass(frozen=True)
 class TableConfig(AggregateConfig):
-    """The choices that all tables have."""
+    """Options common to all tables of positions."""
 
     heads: int = 4
     bias: bool = True
@@ -27,14 +27,21 @@ class TableConfig(AggregateConfig):
             yield f"heads: expected at least 1, got {self.heads}"
 
     def check_width(self, width: int) -> None:
-        """Raises ConfigError unless heads divide the width."""
+        """Check that the heads divide the width.
+
+        Raises:
+            ConfigError: if they do not.
+        """
         if width % self.heads:
             raise ConfigError(f"heads: expected a divisor of width = {width}, got {self.heads}.")
 
 
 @module
 class TableAggregate(Aggregate):
-    """Linear values, mixed in each head as a table says; a family defines its `weights`. The memory is all values."""
+    """Linear values, mixed in each head by a table. A family defines its `weights`.
+
+    Memory: the values of all positions.
+    """
 
     reads = frozenset({"value"})
 
@@ -44,13 +51,22 @@ class TableAggregate(Aggregate):
     @property
     @abc.abstractmethod
     def heads(self) -> int:
-        """G."""
+        """The number of heads, G."""
 
     @abc.abstractmethod
     def weights(
         self, rows: Int[Array, " R"], columns: Int[Array, " C"], allowed: Bool[Array, "R C"]
     ) -> Float[Array, "G R C"]:
-        """A at positions in their documents: 0 where a row may not look, NaN in a row beyond the table."""
+        """Entries of A.
+
+        Args:
+            rows: [R], positions within their documents.
+            columns: [C], positions within their documents.
+            allowed: [R, C], whether the row may depend on the column.
+
+        Returns:
+            [G, R, C], zero where not allowed, NaN in rows beyond the table.
+        """
 
     def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "G T K"]:
         return jax.vmap(self.value)(x).reshape(len(x), self.heads, -1).transpose(1, 0, 2)
@@ -81,6 +97,6 @@ class TableAggregate(Aggregate):
 
 
 def entries(table: Float[Array, "*G M M"], rows: Int[Array, " R"], columns: Int[Array, " C"]) -> Float[Array, "*G R C"]:
-    """The entries of `table` at these positions, in at least float32; NaN beyond it."""
-    chosen = table.at[..., rows[:, None], columns[None, :]].get(mode="fill", fill_value=jnp.nan)
-    return chosen.astype(wide(table.dtype))
+    """The entries of `table` at these rows and columns, in at least float32; NaN beyond the table."""
+    selected = table.at[..., rows[:, None], columns[None, :]].get(mode="fill", fill_value=jnp.nan)
+    return selected.astype(wide(table.dtype))

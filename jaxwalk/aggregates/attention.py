@@ -19,18 +19,18 @@ from jaxwalk.filters import Linear, RMSNorm, held, indices, module, softcapped, 
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """Attention. Positions may enter here (RoPE, ALiBi), or at the embedding (`ModelConfig.positions`)."""
+    """Attention. Positions are encoded here (RoPE, ALiBi) or at the embedding (`ModelConfig.positions`)."""
 
     name: ClassVar[str] = "attention"
     heads: int = 4
     kv_heads: int | None = None
-    """Heads of keys and values, each shared by heads / kv_heads query heads; by default as many as `heads`."""
+    """Heads of keys and values, each shared by heads / kv_heads query heads; by default, equal to `heads`."""
     head_width: int | None = None
-    """K; by default width / heads."""
+    """The width of a head, K; by default width / heads."""
     positions: Literal["none", "rope", "alibi"] = "none"
     rope_theta: float = 10000.0
     rope_width: int | None = None
-    """How many channels of a head, from the first on, RoPE rotates; by default all."""
+    """The number of leading channels of each head that RoPE rotates; by default all."""
     rope_scaling: RopeScaling | None = None
     scale: float | None = None
     """The factor on q . k; by default 1 / sqrt(head_width)."""
@@ -41,32 +41,32 @@ class Config(AggregateConfig):
     qk_norm: bool = False
     """RMS-normalise queries and keys (Henry et al., arXiv 2010.04245)."""
     qk_norm_over: Literal["head", "width"] = "head"
-    """The channels of a head, or of all heads together, as in OLMo 2."""
+    """Normalise over the channels of each head, or of all heads together, as in OLMo 2."""
     qk_norm_eps: float = 1e-5
     qk_norm_unit_offset: bool = False
     """That norm multiplies by 1 + scale, as in Gemma 3."""
     bias: bool = True
-    """Of queries, keys and values, and of the output unless `out_bias` says otherwise."""
+    """Biases of queries, keys and values, and of the output unless `out_bias` is given."""
     out_bias: bool | None = None
     kernel: Literal["plain", "xla", "cudnn"] = "plain"
-    """Plain, or `jax.nn.dot_product_attention` with that implementation (float32 and narrower only)."""
+    """Plain JAX, or the implementation of `jax.nn.dot_product_attention` (float32 and narrower only)."""
 
     def check(self) -> Iterable[str]:
-        for what in ("heads", "kv_heads", "head_width", "window"):
-            value = getattr(self, what)
+        for field in ("heads", "kv_heads", "head_width", "window"):
+            value = getattr(self, field)
             if value is not None and value < 1:
-                yield f"{what}: expected at least 1, got {value}"
-        for what in ("rope_theta", "softcap"):
-            value = getattr(self, what)
+                yield f"{field}: expected at least 1, got {value}"
+        for field in ("rope_theta", "softcap"):
+            value = getattr(self, field)
             if value is not None and not value > 0:
-                yield f"{what}: expected more than 0, got {value}"
+                yield f"{field}: expected more than 0, got {value}"
         if not self.qk_norm_eps >= 0:
             yield f"qk_norm_eps: expected at least 0, got {self.qk_norm_eps}"
         if self.kv_heads and self.heads > 0 and self.heads % self.kv_heads:
             yield f"kv_heads: expected a divisor of heads = {self.heads}, got {self.kv_heads}"
-        for what in ("rope_width", "rope_scaling"):
-            if getattr(self, what) is not None and self.positions != "rope":
-                yield f"{what}: expected positions = 'rope', got {self.positions!r}"
+        for field in ("rope_width", "rope_scaling"):
+            if getattr(self, field) is not None and self.positions != "rope":
+                yield f"{field}: expected positions = 'rope', got {self.positions!r}"
         if self.softcap is not None and self.kernel != "plain":
             yield f"kernel: expected 'plain' with a soft cap, which fused kernels lack, got {self.kernel!r}"
         if self.positions == "rope" and self.head_width and self.head_width > 0:
@@ -87,15 +87,15 @@ class Config(AggregateConfig):
         if self.head_width is None and width % self.heads:
             raise ConfigError(f"heads: expected a divisor of width = {width} (or head_width given), got {self.heads}.")
         K = self.head_width or width // self.heads
-        wrong = list(self._check_rope(K)) if self.positions == "rope" else []
-        if wrong:
-            raise ConfigError(f"attention, with a head width of width / heads = {K}: " + "; ".join(wrong) + ".")
+        errors = list(self._check_rope(K)) if self.positions == "rope" else []
+        if errors:
+            raise ConfigError(f"attention, with a head width of width / heads = {K}: " + "; ".join(errors) + ".")
         kv_heads = self.kv_heads or self.heads
         key_qkv, key_out = jax.random.split(key)
 
         def norm(heads: int) -> RMSNorm:
-            normed = K if self.qk_norm_over == "head" else heads * K
-            return RMSNorm.init(normed, eps=self.qk_norm_eps, unit_offset=self.qk_norm_unit_offset)
+            channels = K if self.qk_norm_over == "head" else heads * K
+            return RMSNorm.init(channels, eps=self.qk_norm_eps, unit_offset=self.qk_norm_unit_offset)
 
         return Attention(
             qkv=Linear.init(width, (self.heads + 2 * kv_heads) * K, bias=self.bias, key=key_qkv),
@@ -122,16 +122,21 @@ class Config(AggregateConfig):
 
 
 class Memory(NamedTuple):
-    """Keys and values of the positions seen, in a ring of the window's size where there is a window."""
+    """The cached keys and values, in a ring buffer with a slot for each position in the window, or for all positions.
+
+    Attributes:
+        keys: [G, N, K], one per group of heads.
+        values: [G, N, K].
+        positions: [N], the position in each slot, or -1 if it is empty.
+    """
 
     keys: Float[Array, "G N K"]
     values: Float[Array, "G N K"]
-    seen: Int[Array, " N"]
-    """The position in each slot, -1 if none."""
+    positions: Int[Array, " N"]
 
 
 class Scanned(NamedTuple):
-    """The choices that may differ between stacked layers, as arrays: window, rotary frequencies, and their gain."""
+    """The options that may differ between stacked layers, as arrays: window, rotary frequencies, and their gain."""
 
     window: Int[Array, ""]
     frequencies: Float[Array, " F"]
@@ -139,24 +144,28 @@ class Scanned(NamedTuple):
 
 
 UNLIMITED = 1 << 30
-"""The window of a layer without one, where stacked layers differ."""
+"""The window that stands for none, where the windows of stacked layers differ."""
 
 
 @module
 class Attention(Aggregate):
-    """A = softmax over j <= i of scale q_i . k_j; G is the query heads. Kind of A: exact.
+    """A_ij = softmax over j <= i of scale q_i . k_j.
 
-    Keys and values of a group are shared by its query heads, in order: head h uses group h // (heads / kv_heads).
+    Keys and values are shared by groups of query heads: head h uses group h // (heads / kv_heads).
+
+    Mixing matrix: exact, one per query head.
+    Held coefficients: A.
+    Memory: keys and values of all positions in the window.
     """
 
     reads = frozenset({"qkv"})
     varying = {"window": None, "rope_theta": 1.0, "rope_scaling": None}  # noqa: RUF012
 
     qkv: Linear = nnx.data()
-    """One matrix for the queries, keys and values of all heads, in this order."""
+    """The projection to the queries, keys and values of all heads, in this order."""
     out: Linear = nnx.data()
     q_norm: RMSNorm | None = nnx.data()
-    """Over each head, or over the queries of all heads together, depending on its width."""
+    """Over the queries of each head or of all heads together, depending on its width."""
     k_norm: RMSNorm | None = nnx.data()
     heads: int
     kv_heads: int
@@ -172,7 +181,7 @@ class Attention(Aggregate):
 
     @property
     def head_width(self) -> int:
-        """K."""
+        """The width of a head, K."""
         return self.out.weight.shape[-2] // self.heads
 
     def setting(self) -> Scanned:
@@ -196,8 +205,8 @@ class Attention(Aggregate):
             return x
         if self.scanned is not None:
             return rotate(x, positions, self.scanned.frequencies, self.scanned.gain)
-        turns = frequencies(self.rope_width, self.rope_theta, self.rope_scaling)
-        return rotate(x, positions, turns, gain(self.rope_scaling))
+        freqs = frequencies(self.rope_width, self.rope_theta, self.rope_scaling)
+        return rotate(x, positions, freqs, gain(self.rope_scaling))
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries [H, T, K], keys [kv, T, K], values [kv, T, K] of x [T, D] at `positions` [T]."""
@@ -217,7 +226,7 @@ class Attention(Aggregate):
             scores = softcapped(scores, self.softcap)
         if self.positions == "alibi":
             scores = scores + alibi(self.heads, rows, columns, scores.dtype)
-        # A finite floor: a row of a memory may see nothing, and -inf - -inf is NaN in the gradient.
+        # Finite rather than -inf, which would make rows without any allowed column NaN, gradients included.
         return jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
 
     def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "G T K"]:
@@ -230,7 +239,7 @@ class Attention(Aggregate):
     ) -> Float[Array, "G R T"]:
         q, k, _ = self._project(x, documents.position)
         columns = indices(len(x))
-        return self._weights(q[:, rows], k, rows, columns, causal_mask(rows, columns, documents.run, self._window()))
+        return self._weights(q[:, rows], k, rows, columns, causal_mask(rows, columns, documents.ids, self._window()))
 
     def readout(self, y: Float[Array, "G R K"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         return jax.vmap(self.out)(y.transpose(1, 0, 2).reshape(y.shape[1], -1))
@@ -247,21 +256,21 @@ class Attention(Aggregate):
         q, k, v = self._project(x, documents.position)
         index = indices(T)
         if self.kernel != "plain" and x.dtype != jnp.float64 and not hold:
-            y = self._fused(q, k, v, index, causal_mask(index, index, documents.run, self._window()))
+            y = self._fused(q, k, v, index, causal_mask(index, index, documents.ids, self._window()))
         else:
-            # In two blocks of queries, of which the first never meets the keys of the second: a quarter less work.
+            # Two blocks of queries, the first of which skips the keys of the second, save a quarter of the work.
             ends = (T,) if T < 128 else (T // 2, T)
             blocks = []
             for start, end in zip((0, *ends), ends, strict=False):
                 rows, columns = index[start:end], index[:end]
-                allowed = causal_mask(rows, columns, documents.run, self._window())
+                allowed = causal_mask(rows, columns, documents.ids, self._window())
                 A = held(self._weights(q[:, start:end], k[:, :end], rows, columns, allowed), hold)
                 blocks.append(self._combine(A, v[:, :end]))
             y = jnp.concatenate(blocks, axis=1)
         return self.readout(y, x), (k, v)
 
     def _fused(self, q: Array, k: Array, v: Array, index: Array, allowed: Array) -> Array:
-        # The whole mask is passed: kernels that only know about causality have been seen to ignore document borders.
+        # An explicit mask, as some kernels were found to ignore document borders when asked for causal attention.
         bias = None
         if self.positions == "alibi":
             bias = alibi(self.heads, index, index, jnp.float32)[None].astype(q.dtype)
@@ -278,35 +287,35 @@ class Attention(Aggregate):
     def allocate(self, memory: Any, length: int, count: Count = None) -> Any:
         (k, v), empty = memory, self.init_memory(length)
         P = k.shape[1] if count is None else count
-        slots = indices(len(empty.seen))
-        # Slot s holds the last position p < P with p = s modulo the number of slots; negative if there is none.
+        slots = indices(len(empty.positions))
+        # Slot s holds the last position p < P with p = s modulo the number of slots; p < 0 means an empty slot.
         positions = P - 1 - (P - 1 - slots) % len(slots)
         source = jnp.clip(positions, 0, k.shape[1] - 1)
         return Memory(k[:, source], v[:, source], jnp.where(positions >= 0, positions, -1))
 
     def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
         q, k, v = self._project(x[None], position[None])
-        slot = position % len(memory.seen)
+        slot = position % len(memory.positions)
         keys, values = put(memory.keys, slot, k[:, 0]), put(memory.values, slot, v[:, 0])
-        seen = memory.seen.at[slot].set(position)
-        allowed = (seen >= 0)[None] & causal_mask(position[None], seen, None, self._window())
-        A = self._weights(q, keys, position[None], seen, allowed)
-        return Memory(keys, values, seen), self.out(self._combine(A, values).reshape(-1))
+        columns = memory.positions.at[slot].set(position)
+        allowed = (columns >= 0)[None] & causal_mask(position[None], columns, None, self._window())
+        A = self._weights(q, keys, position[None], columns, allowed)
+        return Memory(keys, values, columns), self.out(self._combine(A, values).reshape(-1))
 
     def plain(self) -> "Attention":
         return dataclasses.replace(self, kernel="plain")
 
 
 def _normed(norm: RMSNorm, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
-    """Each position of `x` normalised in pieces as wide as `norm`."""
+    """`x` normalised over consecutive blocks of channels of the width of `norm`."""
     return jax.vmap(jax.vmap(norm))(x.reshape(len(x), -1, norm.scale.shape[-1])).reshape(x.shape)
 
 
 def alibi(heads: int, rows: Int[Array, " R"], columns: Int[Array, " C"], dtype: Any) -> Float[Array, "H R C"]:
-    """ALiBi's penalty on scores, -slope x distance (Press et al., arXiv 2108.12409); slope 2^(-8 h / heads) of head h.
+    """ALiBi's bias on scores, -slope x distance, with slope 2^(-8h / heads) in head h (Press et al., arXiv 2108.12409).
 
-    Where the number of heads is no power of two, the paper's code takes the slopes of the next lower power and
-    then every second one of the next higher: so do we.
+    If the number of heads is not a power of two, the slopes are those of the next lower power, followed by every second
+    one of the next higher power, as in the paper's code.
     """
 
     def geometric(n: int) -> list[float]:

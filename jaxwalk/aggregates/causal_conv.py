@@ -1,4 +1,4 @@
-"""A short causal convolution, channel by channel: the part of Mamba, Hyena and DeltaNet that sees a few tokens back."""
+"""A short depthwise causal convolution: the component of Mamba, Hyena and DeltaNet that mixes nearby tokens."""
 
 import math
 from collections.abc import Iterable
@@ -18,13 +18,13 @@ from jaxwalk.filters import Linear, module, wide
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """A convolution of linear values, with its own taps for each channel."""
+    """A depthwise convolution of linear values."""
 
     name: ClassVar[str] = "causal_conv"
     taps: int = 4
-    """How many positions it sees, the current one included."""
+    """The number of positions it sees, including the current one."""
     bias: bool = True
-    """Of the maps in and out. The convolution has none, as the map after it would absorb it."""
+    """Biases of the input and output maps. The convolution has none, as the output map would absorb it."""
 
     def check(self) -> Iterable[str]:
         if self.taps < 1:
@@ -41,9 +41,10 @@ class Config(AggregateConfig):
 
 @module
 class CausalConv(Aggregate):
-    """A_ij = weight[i - j], a weight for each channel and each of the last `taps` positions, and 0 further back.
+    """A_ij = weight[i - j] for 0 <= i - j < taps, else 0.
 
-    G is the channels; the memory is the last values, latest first. Kind of A: exact, the same for all inputs.
+    Mixing matrix: exact, one per channel, the same for all inputs.
+    Memory: the last taps - 1 values, latest first.
     """
 
     granularity = "channel"
@@ -60,7 +61,7 @@ class CausalConv(Aggregate):
         self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "G R T"]:
         identity = jax.nn.one_hot(rows, len(x), dtype=wide(x.dtype))
-        return self.conv.through(jnp.broadcast_to(identity, (self.conv.weight.shape[-1], *identity.shape)), documents)
+        return self.conv.compose(jnp.broadcast_to(identity, (self.conv.weight.shape[-1], *identity.shape)), documents)
 
     def readout(self, y: Float[Array, "G R K"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         return jax.vmap(self.out)(y[..., 0].T)

@@ -1,4 +1,4 @@
-"""The uniform causal mean: the aggregate with no association at all, the null of attention's mixing."""
+"""The causal mean: uniform mixing without any association, a null model for attention."""
 
 import math
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments, keep_first
+from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments, mask_padding
 from jaxwalk.config import AggregateConfig
 from jaxwalk.filters import Linear, module, wide
 
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """Causal mean of linear values."""
+    """A causal mean of linear values."""
 
     name: ClassVar[str] = "causal_mean"
     bias: bool = True
@@ -31,8 +31,11 @@ class Config(AggregateConfig):
 
 @module
 class CausalMean(Aggregate):
-    """A_ij = 1 / i for j <= i, with i counted from 1 in each document. G = 1; the memory is the sum of the values so
-    far, in at least float32. Kind of A: exact, the same for all inputs."""
+    """A_ij = 1 / i for j <= i, with positions counted from 1 in each document.
+
+    Mixing matrix: exact, a single one (G = 1), the same for all inputs.
+    Memory: the sum of the values so far, in at least float32.
+    """
 
     reads = frozenset({"value"})
 
@@ -55,7 +58,7 @@ class CausalMean(Aggregate):
         self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
     ) -> tuple[Float[Array, "T D"], Any]:
         y = self.apply_mixing(x, self.mixing(x, segments=documents))
-        return y, keep_first(self.values(x)[0].astype(wide(x.dtype)), count).sum(0)
+        return y, mask_padding(self.values(x)[0].astype(wide(x.dtype)), count).sum(0)
 
     def init_memory(self, length: int) -> Any:
         return jnp.zeros(self.value.weight.shape[-1], wide(self.value.weight.dtype))

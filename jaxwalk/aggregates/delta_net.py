@@ -1,4 +1,7 @@
-"""DeltaNet (Schlag et al., arXiv 2102.11174; Yang et al., 2406.06484): a key's old value is replaced, not added to."""
+"""DeltaNet (Schlag et al., arXiv 2102.11174; Yang et al., 2406.06484): linear attention with the delta rule.
+
+Where linear attention adds a new value to the one stored for a key, the delta rule replaces it.
+"""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from jaxwalk.filters import Linear, module, stream, wide
 
 @dataclass(frozen=True)
 class Config(DeltaConfig):
-    """The delta rule. By default K = V = width / heads."""
+    """DeltaNet. By default K = V = width / heads."""
 
     name: ClassVar[str] = "delta_net"
 
@@ -39,9 +42,13 @@ class Config(DeltaConfig):
 
 @module
 class DeltaNet(DeltaRule):
-    """S_i = (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, b = sigmoid(beta(x)), q and k of length 1 after a swish.
+    """S_i = (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, b = sigmoid(beta(x)), y_i = S_i^T q_i.
 
-    Kind of A: exact. The readout is out(RMSNorm(y)), head by head; held is 1/rms.
+    q and k are normalised to length 1 after a swish. The readout is out(RMSNorm(y)), with the norm per head.
+
+    Mixing matrix: exact, one per head.
+    Held coefficients: A and 1/rms.
+    Memory: S.
     """
 
     def log_decay(self, x: Float[Array, "T D"]) -> Float[Array, "G T 1"]:
@@ -53,4 +60,4 @@ class DeltaNet(DeltaRule):
 
 @module
 class ConvolvedDeltaNet(ConvolvedDeltaRule, DeltaNet):
-    """DeltaNet with the second paper's short convolutions, which give each channel its own A."""
+    """DeltaNet with the short convolutions of the second paper, which give each channel its own A."""

@@ -1,4 +1,4 @@
-"""A fixed pattern: attention whose A is learned by position and does not look at the tokens."""
+"""Fixed attention patterns: a learned mixing matrix of positions that does not depend on the tokens."""
 
 import math
 from dataclasses import dataclass
@@ -25,16 +25,19 @@ class Config(TableConfig):
         return FixedMixing(
             value=Linear.init(width, width, bias=self.bias, key=key_value),
             out=Linear.init(width, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
-            # Near zero: initially the causal mean, with heads that differ.
+            # Nearly zero: initially almost the causal mean, but different in each head.
             logits=normal(key_logits, (self.heads, max_length, max_length), 0.02),
         )
 
 
 @module
 class FixedMixing(TableAggregate):
-    """A_ij = softmax over j <= i of logits[g, i, j], i and j counted in each document. G is the heads.
+    """A_ij = softmax over j <= i of logits[g, i, j], with positions counted in each document.
 
-    Kind of A: exact, the same for all inputs. Positions beyond the table give NaN.
+    Positions beyond the table give NaN.
+
+    Mixing matrix: exact, one per head, the same for all inputs.
+    Memory: the values of all positions.
     """
 
     decays = frozenset({"logits"})

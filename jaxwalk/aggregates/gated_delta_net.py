@@ -1,4 +1,4 @@
-"""Gated DeltaNet (Yang et al., arXiv 2412.06464): the delta rule in a state that decays as the token says."""
+"""Gated DeltaNet (Yang et al., arXiv 2412.06464): the delta rule with input-dependent decays."""
 
 import math
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from jaxtyping import Array, Float
 from jaxwalk.aggregates._convolution import ShortConvolution
 from jaxwalk.aggregates._delta import ConvolvedDeltaRule, DeltaConfig, DeltaRule
 from jaxwalk.aggregates._linear import standardised
+from jaxwalk.aggregates._state_space import log_uniform, softplus_inverse
 from jaxwalk.filters import Linear, held, module, stream, wide
 
 
 @dataclass(frozen=True)
 class Config(DeltaConfig):
-    """The gated delta rule. By default K = V = width / heads."""
+    """Gated DeltaNet. By default K = V = width / heads."""
 
     name: ClassVar[str] = "gated_delta_net"
 
@@ -25,14 +26,13 @@ class Config(DeltaConfig):
         K, V = self._widths(width)
         key_qkv, key_beta, key_decay, key_gate, key_out, key_rate, key_bias = jax.random.split(key, 7)
         decay = Linear.init(width, self.heads, bias=False, key=key_decay)
-        # The decays are those of Mamba-2: steps from 0.001 to 0.1, and rates from 1 to 16.
-        low, high = math.log(0.001), math.log(0.1)
-        steps = jnp.exp(jax.random.uniform(key_bias, (self.heads,), jnp.float32, low, high))
+        # Initial decays are those of Mamba-2: steps from 0.001 to 0.1, and rates from 1 to 16.
+        steps = log_uniform(key_bias, (self.heads,), 0.001, 0.1)
         E = self.heads * (2 * K + V)
         fields: dict[str, Any] = {
             "qkv": Linear.init(width, E, bias=self.bias, key=key_qkv),
             "beta": Linear.init(width, self.heads, bias=self.bias, key=key_beta),
-            "decay": Linear(decay.weight, jnp.log(jnp.expm1(steps))),
+            "decay": Linear(decay.weight, softplus_inverse(steps)),
             "log_rate": jnp.log(jax.random.uniform(key_rate, (self.heads,), jnp.float32, 1, 16)),
             "gate": Linear.init(width, self.heads * V, bias=self.bias, key=key_gate),
             "out": Linear.init(self.heads * V, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
@@ -47,9 +47,13 @@ class Config(DeltaConfig):
 
 @module
 class GatedDeltaNet(DeltaRule):
-    """S_i = d_i (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, d = exp(-rate * softplus(decay(x))), else as DeltaNet.
+    """S_i = d_i (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T, d = exp(-rate * softplus(decay(x))).
 
-    Kind of A: exact. The readout is out(swish(gate(x)) * RMSNorm(y)), head by head; held are the gate and 1/rms.
+    q, k and b are those of DeltaNet. The readout is out(swish(gate(x)) * RMSNorm(y)), with the norm per head.
+
+    Mixing matrix: exact, one per head.
+    Held coefficients: A, swish(gate(x)) and 1/rms.
+    Memory: S.
     """
 
     reads = frozenset({"qkv", "beta", "decay", "gate"})
@@ -69,6 +73,6 @@ class GatedDeltaNet(DeltaRule):
 
 @module
 class ConvolvedGatedDeltaNet(ConvolvedDeltaRule, GatedDeltaNet):
-    """The gated delta rule with the paper's short convolutions, which give each channel its own A."""
+    """Gated DeltaNet with the short convolutions of the paper, which give each channel its own A."""
 
-    log_rate: Float[Array, " H"] = nnx.data()  # again, as Flax looks for data fields along the first base only
+    log_rate: Float[Array, " H"] = nnx.data()  # repeated, as Flax looks for data fields in the first base only

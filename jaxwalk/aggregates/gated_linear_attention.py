@@ -1,4 +1,4 @@
-"""Gated linear attention (Yang et al., arXiv 2312.06635): each key channel decays at a rate that the token selects."""
+"""Gated linear attention (Yang et al., arXiv 2312.06635): input-dependent decays of each key channel."""
 
 import math
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.aggregates._linear import Coefficients, LinearAggregate, LinearConfig, standardised
 from jaxwalk.filters import Linear, held, module
 
-TEMPERATURE = 16.0  # of the decays, as in the paper, so that initial decays are near 1
+TEMPERATURE = 16.0  # as in the paper, to keep initial decays close to 1
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Config(LinearConfig):
     name: ClassVar[str] = "gated_linear_attention"
     chunk: int = 16
     decay_rank: int = 16
-    """Rank of the map from the token to its decays."""
+    """Rank of the map from the input to its decays."""
 
     def check(self) -> Iterable[str]:
         yield from super().check()
@@ -47,7 +47,11 @@ class Config(LinearConfig):
 class GatedLinearAttention(LinearAggregate):
     """A_ij = q_i . (d_i ... d_(j+1) * k_j), d = sigmoid(decay_up(decay(x)))^(1/16) in each key channel.
 
-    Kind of A: exact. The readout is out(swish(gate(x)) * LayerNorm(y)), head by head. Held are the gate and 1/std.
+    The readout is out(swish(gate(x)) * LayerNorm(y)), with the norm per head.
+
+    Mixing matrix: exact, one per head.
+    Held coefficients: A, swish(gate(x)) and 1/std.
+    Memory: S.
     """
 
     reads = frozenset({"qkv", "decay", "gate"})

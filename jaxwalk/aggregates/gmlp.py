@@ -1,4 +1,4 @@
-"""gMLP (Liu et al., arXiv 2105.08050), causal: a gate that looks at earlier positions through a learned matrix."""
+"""gMLP (Liu et al., arXiv 2105.08050), made causal: a gate that combines positions by a learned matrix."""
 
 import math
 from collections.abc import Iterable
@@ -18,13 +18,13 @@ from jaxwalk.filters import LayerNorm, Linear, activate, held, indices, module, 
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """A gMLP block. It includes a layer's filter: `ModelConfig(aggregate="gmlp", filter=None)` is the paper's model."""
+    """A gMLP block, which includes a filter: the paper's model is `ModelConfig(aggregate="gmlp", filter=None)`."""
 
     name: ClassVar[str] = "gmlp"
     hidden: int | None = None
-    """d_ffn, split between the two branches; by default 6 x width, as in the paper."""
+    """d_ffn of the paper, split between the two branches; by default 6 x width, as there."""
     bias: bool = True
-    """Of the maps in and out. The bias by position is part of the block."""
+    """Biases of the input and output maps. The bias per position is always present."""
 
     def check(self) -> Iterable[str]:
         if self.hidden is not None and (self.hidden < 2 or self.hidden % 2):
@@ -37,7 +37,7 @@ class Config(AggregateConfig):
             gate=Linear.init(width, branch, bias=self.bias, key=key_gate),
             value=Linear.init(width, branch, bias=self.bias, key=key_value),
             norm=LayerNorm.init(branch),
-            # So near zero that the initial layer sees no other position: out(u).
+            # Nearly zero, so that the layer initially computes out(u), without mixing positions.
             table=normal(key_table, (max_length, max_length), 1e-3 / math.sqrt(max_length)),
             scale=jnp.ones(max_length, jnp.float32),
             bias=jnp.ones(1, jnp.float32),
@@ -49,15 +49,17 @@ class Config(AggregateConfig):
 class GMLP(Aggregate):
     """y_i = out(u_i * (sum over j <= i of table_ij LayerNorm(z_j) + b_i)), u = GELU(gate(x)), z = GELU(value(x)).
 
-    Kind of A: exact, the same for all inputs. G = 2: the values LayerNorm(z), mixed by the table, and one constant
-    value, the parameter `bias`, mixed by diag(scale): scale_i bias is b_i, the paper's bias by position, which all
-    channels share. Held are GELU's gate and 1/std in the values and, in the readout, all of u, which belongs to the
-    position itself. Initially, with a table near zero and b = 1, the output is out(u), and all of it is due to `bias`.
-    The memory is LayerNorm(z) of all positions.
+    b_i = scale_i * bias is the bias per position of the paper, shared by all channels. Positions are counted in each
+    document, and positions beyond the table give NaN. Initially, with a table near zero and b = 1, the output is
+    out(u), all of which is due to `bias`.
 
-    Positions are counted in each document; beyond the table they give NaN. The paper's matrix looks both ways; here it
-    is lower triangular. The norm and residual around the block are the layer's, and the tiny attention beside the table
-    (aMLP) is left out.
+    Differences from the paper: the table is lower triangular rather than bidirectional; the norm and the residual
+    connection around the block are those of the layer; the tiny attention beside the table (aMLP) is left out.
+
+    Mixing matrix: exact, the same for all inputs. G = 2: the table, with values LayerNorm(z), and diag(scale), with the
+    constant value `bias`.
+    Held coefficients: the gate of GELU and 1/std in the values, and u in the readout.
+    Memory: LayerNorm(z) of all positions.
     """
 
     decays = frozenset({"table"})
@@ -104,7 +106,7 @@ class GMLP(Aggregate):
         return self._gated(A, z, documents.position, x, hold), z[None]
 
     def _gated(self, A: Array, z: Array, positions: Array, x: Array, hold: bool = False) -> Array:
-        """The output at these positions of their documents from rows of the table, without a product for b."""
+        """The outputs at `positions`, given rows A of the table and values z, with b added instead of mixed."""
         b = (self._scales(positions) * self.bias.astype(A.dtype)).astype(x.dtype)
         return self.readout((A.astype(x.dtype) @ z + b[:, None])[None], x, hold=hold)
 

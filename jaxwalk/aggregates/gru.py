@@ -1,4 +1,4 @@
-"""Gated recurrent unit (Cho et al., arXiv 1406.1078), in the form of PyTorch and cuDNN."""
+"""The gated recurrent unit (Cho et al., arXiv 1406.1078), in the form used by PyTorch and cuDNN."""
 
 import math
 from collections.abc import Iterable
@@ -16,11 +16,11 @@ from jaxwalk.filters import Linear, held, module
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """A gated recurrent unit and a linear map of its hidden state."""
+    """A gated recurrent unit, followed by a linear map of its hidden state."""
 
     name: ClassVar[str] = "gru"
     hidden: int | None = None
-    """H, the width of the hidden state; the width of the model by default."""
+    """H, the width of the hidden state; by default the width of the model."""
     bias: bool = True
 
     def check(self) -> Iterable[str]:
@@ -41,10 +41,13 @@ class Config(AggregateConfig):
 class GRU(RecurrentNetwork):
     """h_i = z_i h_(i-1) + (1 - z_i) n_i, n = tanh(W x + b + r * (U h + c)), r and z = sigmoid(W' x + b' + U' h + c').
 
-    A_ij = (z_i ... z_(j+1)) (1 - z_j) in each channel and v_j = n_j. Kind of A: conditional. Held are r, z and
-    tanh(a) / a of the candidate. The gate r multiplies U h + c where the paper has U (r * h): PyTorch's form, which
-    has one product with h. z is the paper's, the share that is kept. As in the paper, recurrent matrices are
-    initially orthogonal; the others, to which it gives a deviation of 0.01, are initialised as elsewhere here.
+    As in PyTorch, r multiplies U h + c, which needs only one product with h; in the paper it multiplies h. As in the
+    paper, z is the fraction of h that is kept, and recurrent matrices are initially orthogonal. The other matrices,
+    which the paper initialises with a standard deviation of 0.01, are initialised like those of other aggregates.
+
+    Mixing matrix: conditional, A_ij = (z_i ... z_(j+1)) (1 - z_j) in each channel, with v_j = n_j.
+    Held coefficients: r, z, and tanh(a) / a of the candidate.
+    Memory: h.
     """
 
     memories: ClassVar[int] = 1
@@ -52,7 +55,7 @@ class GRU(RecurrentNetwork):
     def cell(
         self, memory: Float[Array, "1 H"], inputs: Float[Array, " E"], hold: bool
     ) -> tuple[Float[Array, "1 H"], Gates]:
-        """r, z and n, in this order, as PyTorch has them."""
+        """The order of the gates is that of PyTorch: r, z, n."""
         h = memory[0]
         (Wr, Wz, Wn), (Ur, Uz, Un) = jnp.split(inputs, 3), jnp.split(self._from_hidden(h), 3)
         r, z = held(jax.nn.sigmoid(Wr + Ur), hold), held(jax.nn.sigmoid(Wz + Uz), hold)

@@ -1,4 +1,4 @@
-"""Hyena (Poli et al., arXiv 2302.10866): long convolutions, whose filters a network computes, and gates."""
+"""Hyena (Poli et al., arXiv 2302.10866): long convolutions, with filters computed by a network, and gates."""
 
 import math
 from collections.abc import Iterable
@@ -16,8 +16,9 @@ from jaxwalk.aggregates._convolution import ShortConvolution
 from jaxwalk.config import AggregateConfig
 from jaxwalk.filters import Key, Linear, held, indices, module, stream, wide
 
-DECAYED = 0.01  # windows decay to this value at these shares of the longest lag, in the slowest and fastest channel
-SLOWEST, FASTEST = 1.5, 0.3
+# Windows decay to DECAY_TARGET at these fractions of the longest lag, in the slowest and in the fastest channel.
+DECAY_TARGET = 0.01
+SLOW_DECAY, FAST_DECAY = 1.5, 0.3
 
 
 @dataclass(frozen=True)
@@ -28,31 +29,31 @@ class Config(AggregateConfig):
     order: int = 2
     """The number of long convolutions, each followed by a gate."""
     taps: int = 3
-    """Of the short convolutions of values and gates."""
+    """Taps of the short convolutions of values and gates."""
     filter_width: int = 64
-    """The hidden width of the network that computes the filters."""
+    """Width of the hidden layers of the network that computes the filters."""
     bands: int = 16
-    """How many cosines, and as many sines, of the lag it takes, besides the lag itself."""
+    """The number of cosines, and of sines, of the lag that are inputs of that network, besides the lag itself."""
     frequency: float = 14.0
-    """omega, how quickly the initial filters vary with the lag."""
+    """omega, the frequency at which the initial filters vary with the lag."""
     bias: bool = True
-    """Of the maps in and out."""
+    """Biases of the input and output maps."""
 
     def check(self) -> Iterable[str]:
-        for what in ("order", "taps", "filter_width", "bands"):
-            if getattr(self, what) < 1:
-                yield f"{what}: expected at least 1, got {getattr(self, what)}"
+        for field in ("order", "taps", "filter_width", "bands"):
+            if getattr(self, field) < 1:
+                yield f"{field}: expected at least 1, got {getattr(self, field)}"
         if not 0 < self.frequency < math.inf:
             yield f"frequency: expected a positive number, got {self.frequency}"
 
     def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "Hyena":
         N, E = self.order, width
-        key_value, key_gate, key_short, key_shorter, key_filters, key_direct, key_out = jax.random.split(key, 7)
+        key_value, key_gate, key_value_conv, key_gate_conv, key_filters, key_direct, key_out = jax.random.split(key, 7)
         return Hyena(
             value=Linear.init(width, E, bias=self.bias, key=key_value),
             gate=Linear.init(width, N * E, bias=self.bias, key=key_gate),
-            value_convolution=ShortConvolution.init(E, self.taps, bias=False, key=key_short),
-            gate_convolution=ShortConvolution.init(N * E, self.taps, bias=False, key=key_shorter),
+            value_convolution=ShortConvolution.init(E, self.taps, bias=False, key=key_value_conv),
+            gate_convolution=ShortConvolution.init(N * E, self.taps, bias=False, key=key_gate_conv),
             filters=Filters.init(N, E, max_length, self, key=key_filters),
             direct=jax.random.normal(key_direct, (N, E), jnp.float32),
             out=Linear.init(E, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
@@ -62,10 +63,11 @@ class Config(AggregateConfig):
 
 @module
 class Filters(nnx.Module):
-    """h_n(lag) = window(lag) * network(lag), for each of N convolutions and E channels.
+    """Filters h(lag) = window(lag) * network(lag) of N convolutions in E channels.
 
-    The network is an MLP with sine activations of the lag, as a share of the longest one, and of cosines and sines of
-    it. The window decays exponentially, at a different rate in each channel. Rates and features are fixed.
+    The network is an MLP with sine activations. Its inputs are the lag, as a fraction of the longest one, and cosines
+    and sines of it. The window decays exponentially, at a different rate in each channel. The rates and the frequencies
+    of the inputs are fixed.
     """
 
     layers: tuple[Linear, ...] = nnx.data()
@@ -75,21 +77,21 @@ class Filters(nnx.Module):
 
     @staticmethod
     def init(order: int, channels: int, max_length: int, config: Config, *, key: Key) -> "Filters":
-        """Uniform weights, as in SIREN (Sitzmann et al., arXiv 2006.09661), and biases; the last layer has no bias.
+        """Filters with uniform weights and biases as in SIREN (Sitzmann et al., arXiv 2006.09661).
 
-        The paper has sin(omega a) throughout. Here omega is part of the initial weights of the first layer: filters
-        vary as quickly, but rounding errors of weights are not amplified by omega in each layer, which bfloat16 could
-        not represent.
+        In the paper, all activations are sin(omega a). Here omega is a factor of the initial weights of the first layer
+        instead. Filters vary as quickly, but rounding errors are not amplified by omega in each layer, which would be
+        too much in bfloat16.
 
-        The last layer is scaled so that an initial filter has an energy of about one for any number of lags. In the
-        released code the energy grows with their number, and the output with its root to the power of the order.
+        The last layer has no bias, and is scaled so that an initial filter has an energy of about one for any number of
+        lags. In the released code the energy grows with their number, and the output with energy^(order / 2).
         """
         widths = [1 + 2 * config.bands, *[config.filter_width] * 3, order * channels]
         bounds = [config.frequency, math.sqrt(6), math.sqrt(6), math.sqrt(6)]
         layers: list[Linear] = []
         for n, m, bound in zip(widths[:-1], widths[1:], bounds, strict=True):
-            both = jax.random.uniform(stream(key, f"{len(layers)}"), (n + 1, m), jnp.float32, -bound, bound)
-            layers.append(Linear(both[:-1] / math.sqrt(n), both[-1] / math.sqrt(n)))
+            weight_and_bias = jax.random.uniform(stream(key, f"{len(layers)}"), (n + 1, m), jnp.float32, -bound, bound)
+            layers.append(Linear(weight_and_bias[:-1] / math.sqrt(n), weight_and_bias[-1] / math.sqrt(n)))
         # With weights of variance 2 / n and sines of mean square 1/2, the output of the network has variance 1.
         energy = jnp.sum(_window(channels, max_length, max_length, jnp.float32) ** 2, axis=0)
         last = layers[-1].weight.reshape(-1, order, channels) * lax.rsqrt(energy)[None, None]
@@ -97,12 +99,12 @@ class Filters(nnx.Module):
         return Filters(tuple(layers), order, max_length, config.bands)
 
     def __call__(self, length: int) -> Float[Array, "N length E"]:
-        """At lags below `length`, in at least float32."""
+        """The filters at lags below `length`, in at least float32."""
         dtype = wide(self.layers[0].weight.dtype)
-        share = jnp.arange(length, dtype=dtype) / max(self.max_length - 1, 1)
-        turns = 2 * math.pi / self.max_length * jnp.arange(length, dtype=dtype)
-        angles = turns[:, None] * jnp.linspace(1e-4, self.bands - 1, self.bands, dtype=dtype)[None]
-        h = jnp.concatenate([share[:, None], jnp.cos(angles), -jnp.sin(angles)], axis=1)
+        relative_lag = jnp.arange(length, dtype=dtype) / max(self.max_length - 1, 1)
+        base_angles = 2 * math.pi / self.max_length * jnp.arange(length, dtype=dtype)
+        angles = base_angles[:, None] * jnp.linspace(1e-4, self.bands - 1, self.bands, dtype=dtype)[None]
+        h = jnp.concatenate([relative_lag[:, None], jnp.cos(angles), -jnp.sin(angles)], axis=1)
         *inner, last = jax.tree.map(lambda a: a.astype(dtype), self.layers)
         for layer in inner:
             h = jnp.sin(jax.vmap(layer)(h))
@@ -111,13 +113,13 @@ class Filters(nnx.Module):
 
 
 def _window(channels: int, length: int, max_length: int, dtype: Any) -> Float[Array, "length E"]:
-    share = jnp.arange(length, dtype=dtype) / max(max_length - 1, 1)
-    rates = jnp.linspace(1 / SLOWEST, 1 / FASTEST, channels, dtype=dtype) * math.log(1 / DECAYED)
-    return jnp.exp(-share[:, None] * rates[None])
+    relative_lag = jnp.arange(length, dtype=dtype) / max(max_length - 1, 1)
+    rates = jnp.linspace(1 / SLOW_DECAY, 1 / FAST_DECAY, channels, dtype=dtype) * math.log(1 / DECAY_TARGET)
+    return jnp.exp(-relative_lag[:, None] * rates[None])
 
 
 class Memory(NamedTuple):
-    """The inputs of each long convolution, in at least float32, and the inputs that the short ones still see."""
+    """The inputs of the long convolutions, in at least float32, and the last inputs of the short ones, latest first."""
 
     inputs: Float[Array, "N length E"]
     value_taps: Float[Array, "past E"]
@@ -126,16 +128,20 @@ class Memory(NamedTuple):
 
 @module
 class Hyena(Aggregate):
-    """z_1 = C value(x), z_(n+1) = x_n * (H_n z_n), y = out(z_(N+1)), for n up to the order N, channel by channel.
+    """z_1 = C value(x), z_(n+1) = x_n * (H_n z_n) for n = 1 ... N, y = out(z_(N+1)), in each channel.
 
-    C is the matrix of a short convolution, x_n a short convolution of a linear map, and H_n the lower-triangular matrix
-    of a long convolution: h_n(i - j), plus `direct` on the diagonal. Kind of A: exact, with the values value(x) and
-    A = diag(x_N) H_N .. diag(x_1) H_1 C. All gates are in A, as they look at earlier positions. G is the channels. Only
-    A is held.
+    C is the matrix of a short convolution, x_n the short convolution of a linear map of x, and H_n the lower-triangular
+    matrix of a long convolution, with entries h_n(i - j), plus `direct` on the diagonal. Positions are counted in each
+    document; beyond `max_length` the output is NaN.
 
-    Lags are shares of `max_length`, and positions are counted in each document; beyond `max_length` the output is NaN.
-    The released code leaves out H_1, so it has one long convolution less; it adds biases to the short convolutions,
-    which would need values of their own here; and it learns features and omega.
+    Differences from the released code: it leaves out H_1, and so has one fewer long convolution; it has biases in the
+    short convolutions, which would require additional values here; and it learns omega and the inputs of the filter
+    network.
+
+    Mixing matrix: exact, one per channel, A = diag(x_N) H_N ... diag(x_1) H_1 C, with values value(x). The gates x_n
+    are part of A, as they depend on earlier positions.
+    Held coefficients: A.
+    Memory: the inputs of all long convolutions at all positions, and the last inputs of the short ones.
     """
 
     granularity = "channel"
@@ -143,7 +149,7 @@ class Hyena(Aggregate):
 
     value: Linear = nnx.data()
     gate: Linear = nnx.data()
-    """x_1, then x_2, ..."""
+    """To x_1, then x_2, ..., before their short convolution."""
     value_convolution: ShortConvolution = nnx.data()
     gate_convolution: ShortConvolution = nnx.data()
     filters: Filters = nnx.data()
@@ -161,7 +167,7 @@ class Hyena(Aggregate):
         return gates.reshape(len(gates), self.direct.shape[-2], -1).swapaxes(0, 1).astype(wide(gates.dtype))
 
     def _taps(self, length: int) -> Float[Array, "N length E"]:
-        """The first column of each H, for lags below `length`."""
+        """The first column of each H, at lags below `length`."""
         return self.filters(length).at[:, 0].add(self.direct.astype(wide(self.direct.dtype)))
 
     def mixing_rows(
@@ -169,16 +175,16 @@ class Hyena(Aggregate):
     ) -> Float[Array, "E R T"]:
         gates = self._gates(self.gate_convolution(jax.vmap(self.gate)(x), documents))
 
-        def channel(at: tuple[Array, Array]) -> Array:
+        def channel_rows(channel: tuple[Array, Array]) -> Array:
             # Multiplied from the left, so that only one [T, T] matrix exists at a time.
-            taps, gates = at
+            taps, gates = channel
             A = jax.nn.one_hot(rows, len(x), dtype=gates.dtype)
             for h, gate in zip(taps[::-1], gates[::-1], strict=True):
                 A = (A * gate[None]) @ _toeplitz(h, documents)
             return A
 
-        A = lax.map(channel, _by_channel(self._taps(len(x)), gates))
-        A = self.value_convolution.through(A, documents)
+        A = lax.map(channel_rows, _by_channel(self._taps(len(x)), gates))
+        A = self.value_convolution.compose(A, documents)
         return jnp.where((documents.position[rows] < self.max_length)[None, :, None], A, jnp.nan)
 
     def parallel(
@@ -187,9 +193,9 @@ class Hyena(Aggregate):
         value, gate = jax.vmap(self.value)(x), jax.vmap(self.gate)(x)
         z = self.value_convolution(value, documents).astype(wide(x.dtype))
         gates = held(self._gates(self.gate_convolution(gate, documents)), hold)
-        # Fourier transforms would leak, by rounding, from one document into the next.
         taps = held(self._taps(len(x)), hold)
-        if documents.run is None:
+        # Packed documents are convolved by matrices: rounding errors of Fourier transforms would leak across documents.
+        if documents.ids is None:
             z, inputs = self._convolved(z, taps, gates)
         else:
             z, inputs = self._packed(z, taps, gates, documents), ()  # type: ignore[assignment]  # never decoded
@@ -201,7 +207,7 @@ class Hyena(Aggregate):
         return self._out(z, documents.position, x.dtype), memory
 
     def _convolved(self, z: Float[Array, "T E"], taps: Array, gates: Float[Array, "N T E"]) -> tuple[Array, Array]:
-        """The combined values of one document by Fourier transforms, and the input of each long convolution."""
+        """The combined values of a single document by Fourier transforms, and the input of each long convolution."""
         T, inputs = len(z), []
         for h, gate in zip(jnp.fft.rfft(taps, 2 * T, axis=1), gates, strict=True):
             inputs.append(z)
@@ -211,14 +217,14 @@ class Hyena(Aggregate):
     def _packed(self, z: Float[Array, "T E"], taps: Array, gates: Array, documents: Documents) -> Float[Array, "T E"]:
         """The combined values of packed documents, by matrices."""
 
-        @jax.checkpoint  # else reverse mode would store a matrix for each channel
-        def channel(at: tuple[Array, Array, Array]) -> Array:
-            taps, gates, z = at
+        @jax.checkpoint  # otherwise reverse mode would store a matrix for each channel
+        def channel_values(channel: tuple[Array, Array, Array]) -> Array:
+            taps, gates, z = channel
             for h, gate in zip(taps, gates, strict=True):
                 z = gate * (_toeplitz(h, documents) @ z)
             return z
 
-        return lax.map(channel, (*_by_channel(taps, gates), z.T)).T
+        return lax.map(channel_values, (*_by_channel(taps, gates), z.T)).T
 
     def _out(self, z: Float[Array, "T E"], positions: Int[Array, " T"], dtype: Any) -> Float[Array, "T D"]:
         return jnp.where((positions < self.max_length)[:, None], jax.vmap(self.out)(z.astype(dtype)), jnp.nan)
@@ -232,7 +238,7 @@ class Hyena(Aggregate):
         length = memory.inputs.shape[1]
         value_taps, z = self.value_convolution.step(memory.value_taps, self.value(x))
         gate_taps, gates = self.gate_convolution.step(memory.gate_taps, self.gate(x))
-        # The filters do not depend on the memory, so that XLA computes them once for all steps of a loop.
+        # As the filters do not depend on the memory, XLA computes them once for all steps of a loop.
         taps = self._taps(length)
         lags = position - indices(length)
         past = jnp.einsum("nte,nte->ne", jnp.where((lags > 0)[None, :, None], taps[:, lags], 0), memory.inputs)
@@ -249,6 +255,6 @@ def _by_channel(*by_convolution: Float[Array, "N T E"]) -> tuple[Float[Array, "E
 
 
 def _toeplitz(h: Float[Array, " T"], documents: Documents) -> Float[Array, "T T"]:
-    """The matrix of a long convolution of one channel, within documents."""
+    """The matrix of a long convolution of one channel, zero between different documents."""
     index = indices(len(h))
     return jnp.where(documents.visible(index), h[index[:, None] - index[None]], 0)

@@ -1,4 +1,4 @@
-"""No mixing: A = I. The layer still sees the current token, and has the parameters of a causal mean."""
+"""No mixing, A = I: a baseline that sees only the current token, with the parameters of a causal mean."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from jaxwalk.filters import Linear, module, wide
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """Linear values of the position itself."""
+    """A linear map of each position."""
 
     name: ClassVar[str] = "identity"
     bias: bool = True
@@ -30,7 +30,11 @@ class Config(AggregateConfig):
 
 @module
 class Identity(Aggregate):
-    """A = I, G = 1; the memory is empty. Kind of A: exact, the same for all inputs."""
+    """A = I.
+
+    Mixing matrix: exact, a single one (G = 1), the same for all inputs.
+    Memory: none.
+    """
 
     reads = frozenset({"value"})
 

@@ -1,4 +1,4 @@
-"""Linear attention (Katharopoulos et al., arXiv 2006.16236): weights phi(q) . phi(k), normalised to an average."""
+"""Linear attention (Katharopoulos et al., arXiv 2006.16236): weights phi(q) . phi(k), normalised to sum to one."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jaxwalk.aggregates._contract import Documents
 from jaxwalk.aggregates._linear import Coefficients, LinearAggregate, LinearConfig
 from jaxwalk.filters import Linear, held, module
 
-FLOOR = 1e-6  # of the sum of a row's weights: features may all be 0 (relu), or underflow (elu)
+FLOOR = 1e-6  # lower bound on the sum of weights in a row: features may all be 0 (relu) or underflow (elu)
 
 FEATURES: dict[str, Callable[[Array], Array]] = {
     "elu": lambda a: jax.nn.elu(a) + 1,
@@ -28,8 +28,8 @@ class Config(LinearConfig):
 
     name: ClassVar[str] = "linear_attention"
     features: Literal["elu", "relu", "softmax"] = "elu"
-    """phi, of queries and keys: elu + 1 (the paper's), relu, or the softmax over a head's channels (Shen et al.,
-    arXiv 1812.01243, for queries; Zhang et al., arXiv 2402.04347, for both)."""
+    """The feature map phi of queries and keys: elu + 1, as in the paper; relu; or the softmax over the channels of a
+    head (Shen et al., arXiv 1812.01243, for queries; Zhang et al., arXiv 2402.04347, for both)."""
 
     def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "LinearAttention":
         K, V = self._widths(width)
@@ -45,9 +45,13 @@ class Config(LinearConfig):
 
 @module
 class LinearAttention(LinearAggregate):
-    """A_ij = phi(q_i) . phi(k_j) / sum over l <= i of phi(q_i) . phi(k_l). Kind of A: exact.
+    """A_ij = phi(q_i) . phi(k_j) / sum over l <= i of phi(q_i) . phi(k_l).
 
-    Rows sum to one, unless the features of a query are orthogonal to those of all keys: there the sum is floored.
+    The denominator is at least `FLOOR`, for queries whose features are orthogonal to those of all keys.
+
+    Mixing matrix: exact, one per head.
+    Held coefficients: A.
+    Memory: S, with an additional channel for the denominator.
     """
 
     features: Literal["elu", "relu", "softmax"]
@@ -57,7 +61,7 @@ class LinearAttention(LinearAggregate):
         return Coefficients(q, k, jnp.zeros_like(q[..., :1]))
 
     def state_input(self, v: Float[Array, "G T V"]) -> Float[Array, "G T W"]:
-        # Through a channel of ones the state also sums the keys, so that a query reads the sum of its weights.
+        # A value channel of ones makes the state sum the keys as well, so that a query reads the sum of its weights.
         return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
 
     def combined(self, y: Float[Array, "G T W"], *, hold: bool = False) -> Float[Array, "G T V"]:

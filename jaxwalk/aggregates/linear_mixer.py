@@ -1,4 +1,4 @@
-"""A linear mixer: MLP-Mixer (Tolstikhin et al., arXiv 2105.01601) made causal and linear."""
+"""A linear mixer: the token mixing of MLP-Mixer (Tolstikhin et al., arXiv 2105.01601), made causal and linear."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Config(TableConfig):
     def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "LinearMixer":
         self.check_width(width)
         key_value, key_out, key_table = jax.random.split(key, 3)
-        # Like the weights of a matrix product, scaled in each row by the number of positions it sees.
+        # The standard deviation is 1 / sqrt(fan-in), where the fan-in of a row is the number of positions it sees.
         visible = jnp.arange(1, max_length + 1, dtype=jnp.float32)[None, :, None]
         return LinearMixer(
             value=Linear.init(width, width, bias=self.bias, key=key_value),
@@ -33,14 +33,17 @@ class Config(TableConfig):
 
 @module
 class LinearMixer(TableAggregate):
-    """A_ij = table[g, i, j] for j <= i, of any size and sign, i and j counted in each document. G is the heads.
+    """A_ij = table[g, i, j] for j <= i, with positions counted in each document. Entries may have any sign.
 
-    Kind of A: exact, the same for all inputs; nothing needs to be held. Positions beyond the table give NaN.
+    Positions beyond the table give NaN.
 
-    MLP-Mixer maps the tokens of each channel by an MLP, the same for all channels. An activation between its two
-    matrices would leave no A, so here it is one matrix, lower triangular so that no position looks ahead. With heads,
-    which the paper does not have, and linear maps before and after, it is `fixed_mixing` without the softmax. Biases by
-    position are left out too: position vectors belong to the model.
+    MLP-Mixer applies an MLP across positions, the same in all channels. With an activation between its two matrices
+    there would be no A, so here it is a single matrix, which is lower triangular to be causal. The heads and the linear
+    maps before and after are not in the paper: they make this `fixed_mixing` without the softmax. Biases per position
+    are left out, as position vectors belong to the model.
+
+    Mixing matrix: exact, one per head, the same for all inputs.
+    Memory: the values of all positions.
     """
 
     decays = frozenset({"table"})

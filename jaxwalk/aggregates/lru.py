@@ -1,4 +1,4 @@
-"""The linear recurrent unit (Orvieto et al., arXiv 2303.06349): complex decays on a ring, all channels in one state."""
+"""The linear recurrent unit (Orvieto et al., arXiv 2303.06349): a diagonal complex state shared by all channels."""
 
 import math
 from collections.abc import Iterable
@@ -10,21 +10,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Complex, Float
 
-from jaxwalk.aggregates._state_space import GatedOutput, StateSpace, complex_of, widened
+from jaxwalk.aggregates._state_space import GatedOutput, StateSpace, to_complex, widened
 from jaxwalk.config import AggregateConfig
 from jaxwalk.filters import Linear, module, normal
 
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """The linear recurrent unit, with the paper's choices."""
+    """The linear recurrent unit, with the defaults of the paper."""
 
     name: ClassVar[str] = "lru"
     state: int | None = None
-    """N, the number of complex numbers in the state; the width by default."""
+    """N, the number of complex elements of the state; by default the width."""
     r_min: float = 0.0
     r_max: float = 1.0
-    """Initial decays are uniform in area on the ring between these radii."""
+    """Initial decays are distributed uniformly in area on the ring between these radii."""
     max_phase: float = 2 * math.pi
     """The largest phase of an initial decay."""
 
@@ -39,7 +39,7 @@ class Config(AggregateConfig):
     def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "LRU":
         D, N = width, self.state or width
         keys = jax.random.split(key, 9)
-        # Away from 0 and 1, where the logarithms are infinite.
+        # Bounded away from 0 and 1, where the logarithms are infinite.
         u, phase = (jax.random.uniform(k, (N,), jnp.float32, 1e-4, 1 - 1e-4) for k in keys[:2])
         squared = u * (self.r_max**2 - self.r_min**2) + self.r_min**2
         return LRU(
@@ -62,10 +62,9 @@ class Config(AggregateConfig):
 class LRU(StateSpace):
     """h_i = lambda * h_(i-1) + gamma * B u_i, y_i = Re(C h_i) + D u_i, lambda = exp(-exp(nu_log) + i exp(theta_log)).
 
-    gamma = exp(gamma_log) is initialised to sqrt(1 - |lambda|^2), so that a state has the size of its inputs. The
-    readout is the gated linear unit that follows in the paper's blocks: value(g) * sigmoid(gate(g)), g = GELU(y). G is
-    the real and imaginary parts of the numbers in the state, and pairs of channels of the direct term D u, whose A is
-    the identity. Kind of A: exact, the same for all inputs. Held are the gates of the readout.
+    gamma = exp(gamma_log) is initialised to sqrt(1 - |lambda|^2), so that the state has the magnitude of its inputs.
+    The readout is the gated linear unit that follows in the blocks of the paper: value(g) * sigmoid(gate(g)) with
+    g = GELU(y). Mixing matrix, held coefficients and memory are those of `StateSpace`.
     """
 
     nu_log: Float[Array, " N"] = nnx.data()
@@ -74,4 +73,4 @@ class LRU(StateSpace):
 
     def discrete(self) -> tuple[Complex[Array, " N"], Complex[Array, " N"]]:
         nu, theta, gamma = (jnp.exp(widened(a)) for a in (self.nu_log, self.theta_log, self.gamma_log))
-        return complex_of(-nu, theta), complex_of(gamma, jnp.zeros_like(gamma))
+        return to_complex(-nu, theta), to_complex(gamma, jnp.zeros_like(gamma))

@@ -16,13 +16,13 @@ from jaxwalk.filters import Linear, held, module, tanh_gate
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """A long short-term memory and a linear map of its hidden state."""
+    """A long short-term memory, followed by a linear map of its hidden state."""
 
     name: ClassVar[str] = "lstm"
     hidden: int | None = None
-    """H, the width of the cell and of the hidden state. The default is the width of the model."""
+    """H, the width of the cell state and of the hidden state; by default the width of the model."""
     bias: bool = True
-    """Without biases the forget gate has no initial bias of 1 either."""
+    """Whether there are biases, including the initial bias of 1 of the forget gate."""
 
     def check(self) -> Iterable[str]:
         if self.hidden is not None and self.hidden < 1:
@@ -32,7 +32,7 @@ class Config(AggregateConfig):
         H = self.hidden or width
         key_input, key_recurrent, key_out = jax.random.split(key, 3)
         input = Linear.init(width, 4 * H, bias=False, key=key_input)
-        # A forget-gate bias of 1 lets it remember before training (Gers et al.; Jozefowicz et al. 2015).
+        # A forget-gate bias of 1 makes the initial cell retain its state (Gers et al. 2000; Jozefowicz et al. 2015).
         bias = jnp.zeros((4, H), jnp.float32).at[1].set(1).reshape(-1) if self.bias else None
         return LSTM(
             input=Linear(input.weight, bias),
@@ -43,11 +43,14 @@ class Config(AggregateConfig):
 
 @module
 class LSTM(RecurrentNetwork):
-    """c_i = f_i c_(i-1) + in_i g_i, h_i = o_i tanh(c_i), where g = tanh(W x + b + U h) in, f, o = sigmoid(likewise).
+    """c_i = f_i c_(i-1) + in_i g_i, h_i = o_i tanh(c_i), with g = tanh(W x + b + U h).
 
-    A_ij = o_i (tanh(c_i) / c_i) (f_i ... f_(j+1)) in_j in each channel and v_j = g_j. Kind of A: conditional. Held are
-    the three gates and tanh(a) / a of cell and candidate. The "vanilla" cell of Greff et al. (arXiv 1503.04069)
-    without its peepholes, as in PyTorch, whose two biases are one here, as they only occur as a sum.
+    The gates in, f and o are sigmoids of arguments of the same form. This is the "vanilla" LSTM of Greff et al. (arXiv
+    1503.04069) without peepholes, as in PyTorch, except that PyTorch's two biases, which only occur as a sum, are one.
+
+    Mixing matrix: conditional, A_ij = o_i (tanh(c_i) / c_i) (f_i ... f_(j+1)) in_j in each channel, with v_j = g_j.
+    Held coefficients: the three gates, and tanh(a) / a of the cell state and of the candidate.
+    Memory: h and c.
     """
 
     memories: ClassVar[int] = 2
@@ -55,7 +58,7 @@ class LSTM(RecurrentNetwork):
     def cell(
         self, memory: Float[Array, "2 H"], inputs: Float[Array, " E"], hold: bool
     ) -> tuple[Float[Array, "2 H"], Gates]:
-        """in, f, g and o, in this order, as PyTorch has them. The memory is h and c."""
+        """The order of the gates is that of PyTorch: in, f, g, o. The memory is h, then c."""
         h, c = memory
         i, f, g, o = jnp.split(inputs + self._from_hidden(h), 4)
         i, f, o = (held(jax.nn.sigmoid(a), hold) for a in (i, f, o))

@@ -1,4 +1,4 @@
-"""Mamba (Gu and Dao, arXiv 2312.00752): a state space model whose steps, inputs and outputs the token selects."""
+"""Mamba (Gu and Dao, arXiv 2312.00752): a state space model with input-dependent step sizes, B and C."""
 
 import math
 from collections.abc import Iterable
@@ -12,35 +12,35 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments
 from jaxwalk.aggregates._convolution import ShortConvolution
-from jaxwalk.aggregates._diagonal import recur_and_read, rows_read
-from jaxwalk.aggregates._state_space import softplus_inverse, steps_between
+from jaxwalk.aggregates._diagonal import recur_and_read, summed_recurrence_rows
+from jaxwalk.aggregates._state_space import log_uniform, softplus_inverse
 from jaxwalk.config import AggregateConfig
 from jaxwalk.filters import Linear, activate, held, indices, module, wide
 
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """The selective state space model, with the paper's choices."""
+    """The selective state space model, with the defaults of the paper."""
 
     name: ClassVar[str] = "mamba"
     expand: int = 2
-    """Channels of the state space model: expand x width."""
+    """The state space model has expand x width channels."""
     state: int = 16
-    """N, the number of numbers in the state of each channel."""
+    """N, the size of the state of each channel."""
     dt_rank: int | None = None
-    """Rank of the map to the step sizes; width / 16, rounded up, by default."""
+    """Rank of the map to the step sizes; by default width / 16, rounded up."""
     conv: int = 4
     """Taps of the short convolution."""
     conv_bias: bool = True
-    """Of the short convolution. It doubles the channels of values: those that carry the bias are separate sources."""
+    """Bias of the short convolution. It doubles the number of value channels, as it is a separate source in A v."""
     bias: bool = False
-    """Of the maps in and out."""
+    """Biases of the input and output maps."""
 
     def check(self) -> Iterable[str]:
-        for what in ("expand", "state", "dt_rank", "conv"):
-            value = getattr(self, what)
+        for field in ("expand", "state", "dt_rank", "conv"):
+            value = getattr(self, field)
             if value is not None and value < 1:
-                yield f"{what}: expected at least 1, got {value}"
+                yield f"{field}: expected at least 1, got {value}"
 
     def init(self, *, width: int, max_length: int, layer: Any, depth: int, key: Any) -> "Mamba":
         E, N, R = self.expand * width, self.state, self.dt_rank or math.ceil(width / 16)
@@ -51,7 +51,7 @@ class Config(AggregateConfig):
             gate=Linear.init(width, E, bias=self.bias, key=key_gate),
             conv=ShortConvolution.init(E, self.conv, bias=self.conv_bias, key=key_conv),
             select=Linear.init(E, R + 2 * N, bias=False, key=key_select),
-            dt=Linear(dt, softplus_inverse(steps_between(key_bias, (E,), 0.001, 0.1))),
+            dt=Linear(dt, softplus_inverse(log_uniform(key_bias, (E,), 0.001, 0.1))),
             A_log=jnp.log(jnp.broadcast_to(jnp.arange(1, N + 1, dtype=jnp.float32)[:, None], (N, E))),
             skip=jnp.ones(E, jnp.float32),
             out=Linear.init(E, width, bias=self.bias, gain=1 / math.sqrt(2 * depth), key=key_out),
@@ -59,15 +59,15 @@ class Config(AggregateConfig):
 
 
 class Selected(NamedTuple):
-    """What the convolved inputs select, in at least float32, and what happens to the state before the position."""
+    """The input-dependent coefficients, in at least float32, and where the state is reset or left unchanged."""
 
     dt: Float[Array, "T E"]
     B: Float[Array, "T N"]
     C: Float[Array, "T N"]
     first: Bool[Array, " T"]
-    """Where the state is reset."""
+    """Whether the position starts a document, which resets the state."""
     padding: Bool[Array, " T"]
-    """Where the state stays as it is."""
+    """Whether the position is padding, which leaves the state unchanged."""
 
 
 class Memory(NamedTuple):
@@ -79,13 +79,16 @@ class Memory(NamedTuple):
 
 @module
 class Mamba(Aggregate):
-    """u = silu(conv(value(x))), h_i = exp(dt_i A) h_(i-1) + dt_i B_i u_i, y_i = C_i . h_i + D u_i, channel by channel.
+    """u = silu(conv(value(x))), h_i = exp(dt_i A) h_(i-1) + dt_i B_i u_i, y_i = C_i . h_i + D u_i, in each channel.
 
-    h is N numbers; A = -exp(A_log); dt = softplus(dt(.)), B and C are read from u. The readout is
-    out(silu(gate(x)) * y). G is the channels. Kind of A: exact. It is the mixing matrix of the state space model, times
-    the gate of the silu of its inputs, times the convolution; D is on the diagonal of the first. A bias of the
-    convolution enters between the two, as further channels of values, which the readout adds up. Held, besides A, is
-    silu(gate(x)).
+    h has N elements; A = -exp(A_log); dt = softplus(dt(.)), B and C are functions of u. The readout is
+    out(silu(gate(x)) * y).
+
+    Mixing matrix: exact, one per channel. It is the matrix of the state space model, with D on its diagonal, times the
+    diagonal matrix of the gates of the silu, times the matrix of the convolution. A bias of the convolution has value
+    channels of its own, without the last factor, which the readout adds.
+    Held coefficients: A and silu(gate(x)).
+    Memory: h, and the last inputs of the convolution.
     """
 
     granularity = "channel"
@@ -99,7 +102,7 @@ class Mamba(Aggregate):
     dt: Linear = nnx.data()
     A_log: Float[Array, "N E"] = nnx.data()
     skip: Float[Array, " E"] = nnx.data()
-    """D of the paper."""
+    """D in the paper."""
     out: Linear = nnx.data()
 
     def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "G T 1"]:
@@ -114,15 +117,15 @@ class Mamba(Aggregate):
         convolved = self.conv(jax.vmap(self.value)(x), documents)
         s, rates = self._select(jax.nn.silu(convolved), documents.first), self._rates()
 
-        def parts(at: Selected) -> tuple[Array, Array]:
-            return _decay(at, rates), at.B[:, None] * at.dt[None]
+        def coefficients(s: Selected) -> tuple[Array, Array]:
+            return _decay(s, rates), s.B[:, None] * s.dt[None]
 
         reads = jnp.broadcast_to(s.C[rows][..., None], (len(rows), *rates.shape))
-        A = rows_read(rows, parts, s, reads).transpose(2, 1, 0)
+        A = summed_recurrence_rows(rows, coefficients, s, reads).transpose(2, 1, 0)
         A = A + self.skip.astype(A.dtype)[:, None, None] * jax.nn.one_hot(rows, len(x), dtype=A.dtype)[None]
         A = A * jax.nn.sigmoid(convolved.astype(A.dtype)).T[:, None]
-        through = self.conv.through(A, documents)
-        return through if self.conv.bias is None else jnp.concatenate([through, A])
+        composed = self.conv.compose(A, documents)
+        return composed if self.conv.bias is None else jnp.concatenate([composed, A])
 
     def readout(self, y: Float[Array, "G R 1"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         parts = y[..., 0].reshape(-1, self.skip.shape[0], y.shape[1])
@@ -139,15 +142,15 @@ class Mamba(Aggregate):
         return Selected(dt, B.astype(dt.dtype), C.astype(dt.dtype), first, padding)
 
     def _scan(self, u: Array, s: Selected, start: Array) -> tuple[Array, Array]:
-        """The combined values of the inputs u, and the last state."""
+        """The outputs of the state space model for inputs u, and the last state."""
         rates, wider = self._rates(), u.astype(s.dt.dtype)
 
-        def parts(at: tuple[Selected, Array]) -> tuple[Array, Array, Array]:
-            s, entering = at
-            return _decay(s, rates), s.B[:, None] * jnp.where(s.padding, 0, entering)[None], s.C[:, None]
+        def coefficients(position: tuple[Selected, Array]) -> tuple[Array, Array, Array]:
+            s, inputs = position
+            return _decay(s, rates), s.B[:, None] * jnp.where(s.padding, 0, inputs)[None], s.C[:, None]
 
-        y, after = recur_and_read(parts, (s, s.dt * wider), start)
-        return (y + self.skip.astype(y.dtype)[None] * wider).astype(u.dtype), after
+        y, last = recur_and_read(coefficients, (s, s.dt * wider), start)
+        return (y + self.skip.astype(y.dtype)[None] * wider).astype(u.dtype), last
 
     def parallel(
         self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
@@ -170,7 +173,7 @@ class Mamba(Aggregate):
         return Memory(inputs, h), self.readout(y.T[..., None], x[None])[0]
 
 
-def _decay(at: Selected, rates: Float[Array, "N E"]) -> Float[Array, "N E"]:
-    """The decays at one position: 0 where a document begins, 1 in padding."""
-    decay = jnp.where(at.first, 0, jnp.exp(at.dt[None] * rates))
-    return jnp.where(at.padding, 1, decay)
+def _decay(s: Selected, rates: Float[Array, "N E"]) -> Float[Array, "N E"]:
+    """The decays at one position: 0 at the start of a document, 1 in padding."""
+    decay = jnp.where(s.first, 0, jnp.exp(s.dt[None] * rates))
+    return jnp.where(s.padding, 1, decay)

@@ -1,4 +1,4 @@
-"""Mamba-2 (Dao and Gu, arXiv 2405.21060): state space duality, heads with one decay each."""
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060): state space duality, a selective state space with one decay per head."""
 
 import functools
 import math
@@ -15,39 +15,38 @@ from jaxtyping import Array, Float, Int
 from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments
 from jaxwalk.aggregates._convolution import ShortConvolution
 from jaxwalk.aggregates._linear import Coefficients, backward, chunked, forward
-from jaxwalk.aggregates._state_space import softplus_inverse, steps_between
+from jaxwalk.aggregates._state_space import log_uniform, softplus_inverse
 from jaxwalk.config import AggregateConfig, ConfigError
 from jaxwalk.filters import Linear, activate, held, module, wide
 
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """State space duality, with the paper's choices, except that the number of heads is given instead of their
-    width."""
+    """State space duality, with the defaults of the paper. The number of heads is given instead of their width."""
 
     name: ClassVar[str] = "mamba2"
     expand: int = 2
-    """Channels of all heads together: expand x width."""
+    """All heads together have expand x width channels."""
     heads: int = 4
     state: int = 128
-    """N, rows of each head's state."""
+    """N, the number of rows of the state of each head."""
     groups: int = 1
-    """Groups of heads, which share B and C, and of channels, over which the norm is taken."""
+    """Groups of heads that share B and C. The norm is over the channels of a group."""
     conv: int = 4
     """Taps of the short convolution."""
     conv_bias: bool = True
-    """Of the short convolution. It doubles the channels of values: those that carry the bias are separate sources."""
+    """Bias of the short convolution. It doubles the number of value channels, as it is a separate source in A v."""
     bias: bool = False
-    """Of the maps in and out, including that to dt, which also has a `dt_bias`."""
+    """Biases of the input and output maps, including the map to dt, which also has a `dt_bias`."""
     norm_eps: float = 1e-5
-    """Of the norm in the readout."""
+    """Epsilon of the norm in the readout."""
     chunk: int = 32
     """Positions per chunk of the parallel form. It affects speed only, and need not divide the sequence length."""
 
     def check(self) -> Iterable[str]:
-        for what in ("expand", "heads", "state", "groups", "conv", "chunk"):
-            if getattr(self, what) < 1:
-                yield f"{what}: expected at least 1, got {getattr(self, what)}"
+        for field in ("expand", "heads", "state", "groups", "conv", "chunk"):
+            if getattr(self, field) < 1:
+                yield f"{field}: expected at least 1, got {getattr(self, field)}"
         if not self.norm_eps > 0:
             yield f"norm_eps: expected more than 0, got {self.norm_eps}"
         if self.groups >= 1 and self.heads % self.groups:
@@ -62,7 +61,7 @@ class Config(AggregateConfig):
             mixed=Linear.init(width, mixed, bias=self.bias, key=key_mixed),
             gate=Linear.init(width, E, bias=self.bias, key=key_gate),
             dt=Linear.init(width, H, bias=self.bias, key=key_dt),
-            dt_bias=softplus_inverse(steps_between(key_bias, (H,), 0.001, 0.1)),
+            dt_bias=softplus_inverse(log_uniform(key_bias, (H,), 0.001, 0.1)),
             conv=ShortConvolution.init(mixed, self.conv, bias=self.conv_bias, key=key_conv),
             A_log=jnp.log(jax.random.uniform(key_rate, (H,), jnp.float32, 1, 16)),
             skip=jnp.ones(H, jnp.float32),
@@ -83,13 +82,16 @@ class Memory(NamedTuple):
 
 @module
 class Mamba2(Aggregate):
-    """S_i = exp(dt_i A) S_(i-1) + dt_i B_i u_i^T, y_i = S_i^T C_i + D u_i, per head of P channels.
+    """S_i = exp(dt_i A) S_(i-1) + dt_i B_i u_i^T, y_i = S_i^T C_i + D u_i, in each head of P channels.
 
     u, B, C = silu(conv(mixed(x))); A = -exp(A_log); dt = softplus(dt(x) + dt_bias). The readout is
-    out(RMSNorm(silu(gate(x)) * y)), group by group. G is the channels, as each channel has its own convolution. Kind of
-    A: exact. It is the mixing matrix of the head, times the gate of the silu of its inputs, times the convolution; D is
-    on the diagonal of the first. A bias of the convolution enters between the two, as further channels of values, which
-    the readout adds up. Held, besides A, are silu(gate(x)) and 1/rms.
+    out(RMSNorm(silu(gate(x)) * y)), with the norm per group.
+
+    Mixing matrix: exact, one per channel, as each channel has its own convolution. It is the matrix of the head, with D
+    on its diagonal, times the diagonal matrix of the gates of the silu, times the matrix of the convolution. A bias of
+    the convolution has value channels of its own, without the last factor, which the readout adds.
+    Held coefficients: A, silu(gate(x)) and 1/rms.
+    Memory: S, and the last inputs of the convolution.
     """
 
     granularity = "channel"
@@ -103,9 +105,9 @@ class Mamba2(Aggregate):
     conv: ShortConvolution = nnx.data()
     A_log: Float[Array, " H"] = nnx.data()
     skip: Float[Array, " H"] = nnx.data()
-    """D of the paper."""
+    """D in the paper."""
     scale: Float[Array, " E"] = nnx.data()
-    """Of the norm."""
+    """Scale of the norm in the readout."""
     out: Linear = nnx.data()
     groups: int
     norm_eps: float
@@ -113,22 +115,22 @@ class Mamba2(Aggregate):
 
     @property
     def _channels(self) -> int:
-        """E, the channels of all heads."""
+        """The number of channels of all heads, E."""
         return self.scale.shape[-1]
 
     @property
     def _heads(self) -> int:
-        """H."""
+        """The number of heads, H."""
         return self.A_log.shape[-1]
 
     @property
-    def _conv(self) -> ShortConvolution:
-        """The part of the convolution that u passes through."""
+    def _u_conv(self) -> ShortConvolution:
+        """The convolution of the channels of u alone."""
         weight, bias, E = self.conv.weight, self.conv.bias, self._channels
         return ShortConvolution(weight[:, :E], None if bias is None else bias[:E])
 
     def values(self, x: Float[Array, "T D"], segments: Segments = None, *, hold: bool = False) -> Float[Array, "G T 1"]:
-        v, bias = jax.vmap(self.mixed.columns(0, self._channels))(x).T, self._conv.bias
+        v, bias = jax.vmap(self.mixed.columns(0, self._channels))(x).T, self._u_conv.bias
         if bias is not None:
             v = jnp.concatenate([v, jnp.broadcast_to(bias[:, None], v.shape)])
         return v[..., None]
@@ -142,8 +144,8 @@ class Mamba2(Aggregate):
         A = A + self.skip.astype(A.dtype)[:, None, None] * jax.nn.one_hot(rows, len(x), dtype=A.dtype)[None]
         gate = jax.nn.sigmoid(convolved[:, : self._channels].astype(A.dtype)).T
         A = jnp.repeat(A, self._channels // len(A), axis=0) * gate[:, None]
-        through = self._conv.through(A, documents)
-        return through if self.conv.bias is None else jnp.concatenate([through, A])
+        composed = self._u_conv.compose(A, documents)
+        return composed if self.conv.bias is None else jnp.concatenate([composed, A])
 
     def readout(self, y: Float[Array, "G R 1"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         parts = y[..., 0].reshape(-1, self._channels, y.shape[1])
@@ -163,7 +165,7 @@ class Mamba2(Aggregate):
         return Coefficients(C, dt * B, -rates[:, None, None] * dt), u.reshape(len(x), H, -1).transpose(1, 0, 2)
 
     def _read(self, y: Float[Array, "H T P"], u: Float[Array, "H T P"], x: Array, hold: bool = False) -> Array:
-        """The output from what the heads read from their states."""
+        """The output, given what the heads read from their states."""
         y = y + self.skip.astype(y.dtype)[:, None, None] * u
         return self.readout(y.transpose(0, 2, 1).reshape(-1, len(x), 1).astype(x.dtype), x, hold=hold)
 
@@ -189,7 +191,7 @@ class Mamba2(Aggregate):
 
 
 def _normalised(y: Float[Array, "*n E"], eps: float, hold: bool) -> Float[Array, "*n E"]:
-    """y / sqrt(mean y^2 + eps). The size of y is divided out first, as its square may overflow float32."""
+    """y / sqrt(mean y^2 + eps). The magnitude of y is factored out first, as its square may overflow float32."""
     wider = y.astype(wide(y.dtype))
     size = lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(wider), -1, keepdims=True), 1))
     unit = wider / size

@@ -11,20 +11,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments, last
-from jaxwalk.aggregates._diagonal import recur, rows_of
+from jaxwalk.aggregates._diagonal import recur, recurrence_rows
 from jaxwalk.config import AggregateConfig
 from jaxwalk.filters import Linear, held, module, tanh_gate, wide
 
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """A minGRU and a linear map of its hidden state."""
+    """A minGRU, followed by a linear map of its hidden state."""
 
     name: ClassVar[str] = "min_gru"
     hidden: int | None = None
-    """H, the width of the hidden state, in the paper 1 to 4 times that of the model; by default 1 time."""
+    """H, the width of the hidden state; by default the width of the model (in the paper, 1 to 4 times it)."""
     positive: bool = False
-    """Candidates g(W x) > 0, as in the paper's computation with logarithms, instead of W x. See `MinGRU`."""
+    """Positive candidates g(value(x)) instead of value(x), as in the paper's log-space computation. See `MinGRU`."""
     bias: bool = True
 
     def check(self) -> Iterable[str]:
@@ -46,11 +46,15 @@ class Config(AggregateConfig):
 class MinGRU(Aggregate):
     """h_i = (1 - z_i) h_(i-1) + z_i v_i, z = sigmoid(gate(x)), v = value(x), in each channel, then `out`.
 
-    A_ij = (1 - z_i) ... (1 - z_(j+1)) z_j. Kind of A: exact. G is the channels; the memory is h, in at least float32.
-    With `positive`, v = g(value(x)) with g(a) = a + 1/2 for a >= 0 and sigmoid(a) below, which is s(a) a + 1/2 with s
-    = 1 or tanh(a/2) / 2a; s is held. The 1/2 is a parameter, because only parameters have a part of their own in a
-    decomposition. The paper sums logarithms in this case, for stability; nothing is lost here without them, as no
-    product of decays is divided by. The convolution that the paper's language models put before it is left out.
+    With `positive`, v = g(value(x)), where g(a) is a + 1/2 for a >= 0 and sigmoid(a) otherwise. This is s(a) a + 1/2,
+    with s(a) = 1 for a >= 0 and tanh(a/2) / 2a otherwise. The 1/2 is a parameter, `bias`, as only parameters have a
+    separate part in a decomposition. The paper computes this variant in log space for stability, which is unnecessary
+    here, as nothing is divided by a product of decays. The convolution before it in the language models of the paper is
+    left out.
+
+    Mixing matrix: exact, one per channel, A_ij = (1 - z_i) ... (1 - z_(j+1)) z_j.
+    Held coefficients: A and s.
+    Memory: h, in at least float32.
     """
 
     granularity = "channel"
@@ -59,7 +63,7 @@ class MinGRU(Aggregate):
     gate: Linear = nnx.data()
     value: Linear = nnx.data()
     bias: Float[Array, " H"] | None = nnx.data()
-    """What g adds to each channel, initially 1/2; None where candidates are value(x)."""
+    """The constant that g adds in each channel, initially 1/2; None if candidates are value(x)."""
     out: Linear = nnx.data()
 
     def _candidates(self, x: Array, hold: bool = False) -> Float[Array, "T H"]:
@@ -69,8 +73,8 @@ class MinGRU(Aggregate):
         slope = jnp.where(a >= 0, 1, tanh_gate(a / 2) / 4)
         return held(slope, hold) * a + self.bias[None]
 
-    def _factors(self, x: Array, first: Array) -> tuple[Float[Array, "T H"], Float[Array, "T H"]]:
-        """The shares kept, 1 - z, 0 where a document begins, and the shares written, z."""
+    def _gates(self, x: Array, first: Array) -> tuple[Float[Array, "T H"], Float[Array, "T H"]]:
+        """The keep gate, 1 - z, or 0 at the start of a document, and the write gate, z."""
         a = jax.vmap(self.gate)(x).astype(wide(x.dtype))
         return jnp.where(first[:, None], 0, jax.nn.sigmoid(-a)), jax.nn.sigmoid(a)
 
@@ -80,8 +84,8 @@ class MinGRU(Aggregate):
     def mixing_rows(
         self, x: Float[Array, "T D"], rows: Int[Array, " R"], documents: Documents
     ) -> Float[Array, "H R T"]:
-        keep, write = self._factors(x, documents.first)
-        return rows_of(rows, keep, write, jnp.ones_like(keep[rows])).transpose(2, 1, 0)
+        keep, write = self._gates(x, documents.first)
+        return recurrence_rows(rows, keep, write, jnp.ones_like(keep[rows])).transpose(2, 1, 0)
 
     def readout(self, y: Float[Array, "H R 1"], x: Float[Array, "R D"], *, hold: bool = False) -> Float[Array, "R D"]:
         return jax.vmap(self.out)(y[..., 0].T)
@@ -89,7 +93,7 @@ class MinGRU(Aggregate):
     def parallel(
         self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
     ) -> tuple[Float[Array, "T D"], Any]:
-        keep, write = held(self._factors(x, documents.first), hold)
+        keep, write = held(self._gates(x, documents.first), hold)
         h = recur(keep, write * self._candidates(x, hold).astype(write.dtype), self.init_memory(len(x)))
         return jax.vmap(self.out)(h.astype(x.dtype)), last(h, count)
 
@@ -97,6 +101,6 @@ class MinGRU(Aggregate):
         return jnp.zeros(self.out.weight.shape[-2], wide(self.out.weight.dtype))
 
     def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
-        keep, write = self._factors(x[None], position[None] == 0)
+        keep, write = self._gates(x[None], position[None] == 0)
         h = keep[0] * memory + write[0] * self._candidates(x[None])[0].astype(memory.dtype)
         return h, self.out(h.astype(x.dtype))

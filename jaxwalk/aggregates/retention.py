@@ -1,4 +1,4 @@
-"""Retention (Sun et al., arXiv 2307.08621): rotated queries and keys, and a fixed decay for each head."""
+"""Retention (Sun et al., arXiv 2307.08621): linear attention with rotary positions and a fixed decay per head."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from jaxwalk.aggregates._rotary import frequencies, rotate
 from jaxwalk.config import ConfigError
 from jaxwalk.filters import Linear, held, module
 
-THETA = 10000.0  # of the rotation, as in the paper's code
+THETA = 10000.0  # base of the rotation frequencies, as in the paper's code
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,14 @@ class Config(LinearConfig):
 
 @module
 class Retention(LinearAggregate):
-    """A_ij = d^(i-j) q_i . k_j / sqrt(K), q and k rotated by position, d = 1 - 2^(-5-h) in head h = 0, 1, ...
+    """A_ij = d^(i-j) q_i . k_j / sqrt(K), with q and k rotated by position and d = 1 - 2^(-5-h) in head h = 0, 1, ...
 
-    Kind of A: exact. The readout is out(swish(gate(x)) * GroupNorm(y)), a head to a group; held are the gate and 1/std.
-    The paper's normalisations of the rows of A are left out, as GroupNorm cancels them.
+    The readout is out(swish(gate(x)) * GroupNorm(y)), with one head per group. The paper's normalisations of the rows
+    of A are left out, as GroupNorm cancels them.
+
+    Mixing matrix: exact, one per head.
+    Held coefficients: A, swish(gate(x)) and 1/std.
+    Memory: S.
     """
 
     reads = frozenset({"qkv", "gate"})

@@ -1,4 +1,4 @@
-"""S4D (Gu et al., arXiv 2206.11893): diagonal state spaces, one per channel, the same at all times."""
+"""S4D (Gu et al., arXiv 2206.11893): a time-invariant diagonal state space model per channel."""
 
 import functools
 import math
@@ -13,21 +13,21 @@ from jaxtyping import Array, Complex, Float, Int
 
 from jaxwalk.aggregates._contract import Aggregate, Count, Documents, Segments
 from jaxwalk.aggregates._diagonal import recur_and_read
-from jaxwalk.aggregates._state_space import GatedOutput, complex_of, steps_between, widened, zero_order_hold
+from jaxwalk.aggregates._state_space import GatedOutput, log_uniform, to_complex, widened, zero_order_hold
 from jaxwalk.config import AggregateConfig
 from jaxwalk.filters import Linear, indices, module, normal, wide
 
 
 @dataclass(frozen=True)
 class Config(AggregateConfig):
-    """S4D-Lin, with the paper's choices."""
+    """S4D-Lin, with the defaults of the paper."""
 
     name: ClassVar[str] = "s4d"
     state: int = 64
-    """N, the number of complex numbers in the state of each channel, even: one of each conjugate pair is stored."""
+    """N, the number of complex elements of the state of each channel, even: one per conjugate pair is stored."""
     dt_min: float = 0.001
     dt_max: float = 0.1
-    """Initial step sizes, one per channel, are between these."""
+    """Initial step sizes, one per channel, are log-uniform between these bounds."""
 
     def check(self) -> Iterable[str]:
         if self.state < 2 or self.state % 2:
@@ -42,7 +42,7 @@ class Config(AggregateConfig):
         return S4D(
             log_neg_re=jnp.full((N, D), math.log(0.5), jnp.float32),
             im=jnp.broadcast_to(frequencies[:, None], (N, D)),
-            log_dt=jnp.log(steps_between(key_dt, (D,), self.dt_min, self.dt_max)),
+            log_dt=jnp.log(log_uniform(key_dt, (D,), self.dt_min, self.dt_max)),
             C_re=normal(key_re, (N, D), math.sqrt(0.5)),
             C_im=normal(key_im, (N, D), math.sqrt(0.5)),
             skip=normal(key_skip, (D,), 1),
@@ -55,16 +55,20 @@ class Config(AggregateConfig):
 
 @module
 class S4D(Aggregate):
-    """h' = lambda h + u in steps dt with a zero-order hold, y_i = 2 Re(C . h_i) + D u_i, channel by channel.
+    """h' = lambda h + u with step size dt and a zero-order hold, y_i = 2 Re(C . h_i) + D u_i, in each channel.
 
-    h is one number of each of N / 2 conjugate pairs. lambda = -exp(log_neg_re) + i im is initialised to -1/2 + i pi n;
-    dt = exp(log_dt). B is 1, as only its product with C matters; the paper lets B be trained too, which would add no
-    function that C cannot express. A_ij = kernel[i - j], the channel's impulse response, with D added on the diagonal:
-    the same for all inputs. The readout is the paper's gated linear unit value(g) * sigmoid(gate(g)), g = GELU(y). G is
-    the channels, and the values are the inputs themselves. Kind of A: exact. Held are the gates of the readout.
+    h has one element of each of N / 2 conjugate pairs. lambda = -exp(log_neg_re) + i im is initialised to
+    -1/2 + i pi n; dt = exp(log_dt). B is fixed at 1, as only its product with C matters; training it too, as the paper
+    does, would not add expressivity. The readout is the gated linear unit of the paper, value(g) * sigmoid(gate(g))
+    with g = GELU(y).
 
-    The parallel form is a product of Fourier transforms (on CPU, gradient included, 1.4 to 4 times faster than chunks,
-    and 6 to 20 times faster than a scan), or a scan over packed documents, as kernels do not stop at their borders.
+    The parallel form is a product of Fourier transforms: on CPU, gradient included, 1.4 to 4 times faster than chunks,
+    and 6 to 20 times faster than a scan. For packed documents it is a scan, as convolutions do not stop at borders.
+
+    Mixing matrix: exact, one per channel, the same for all inputs. A_ij = kernel[i - j], the impulse response of the
+    channel, including D at lag 0. The values are the inputs.
+    Held coefficients: the gates of the readout.
+    Memory: h, in at least complex64.
     """
 
     granularity = "channel"
@@ -76,20 +80,20 @@ class S4D(Aggregate):
     C_re: Float[Array, "N D"] = nnx.data()
     C_im: Float[Array, "N D"] = nnx.data()
     skip: Float[Array, " D"] = nnx.data()
-    """D of the paper."""
+    """D in the paper."""
     output: GatedOutput = nnx.data()
 
     def _discrete(self) -> tuple[Complex[Array, "N D"], Complex[Array, "N D"]]:
         """The logarithms of the decays, and C times the factors on the inputs."""
-        poles = complex_of(-jnp.exp(widened(self.log_neg_re)), self.im)
+        poles = to_complex(-jnp.exp(widened(self.log_neg_re)), self.im)
         dt = jnp.broadcast_to(jnp.exp(widened(self.log_dt))[None], self.im.shape)
         log_decay, factor = zero_order_hold(poles, dt)
-        return log_decay, 2 * complex_of(self.C_re, self.C_im) * factor
+        return log_decay, 2 * to_complex(self.C_re, self.C_im) * factor
 
     def kernel(self, length: int) -> Float[Array, "D length"]:
-        """The impulse response: the outputs, from its own position on, of an input of one."""
+        """The impulse response of each channel, at lags below `length`."""
         log_decay, C = self._discrete()
-        # Powers n = 16 a + b of the decay as products: a + b exponentials instead of a b.
+        # Powers 16 a + b of the decay are products of powers 16 a and b, which saves exponentials.
         fine = jnp.exp(log_decay[None] * _range(16, log_decay))
         coarse = jnp.exp(16 * log_decay[None] * _range(-(-length // 16), log_decay)) * C[None]
         kernel = jnp.einsum("and,bnd->dab", coarse.real, fine.real) - jnp.einsum("and,bnd->dab", coarse.imag, fine.imag)
@@ -111,7 +115,7 @@ class S4D(Aggregate):
     def parallel(
         self, x: Float[Array, "T D"], documents: Documents, *, count: Count = None, hold: bool = False
     ) -> tuple[Float[Array, "T D"], Any]:
-        if documents.run is None:
+        if documents.ids is None:
             T = len(x)
             kernel = jnp.fft.rfft(self.kernel(T), 2 * T)
             y = jnp.fft.irfft(kernel * jnp.fft.rfft(widened(x).T, 2 * T), 2 * T)[:, :T].T
@@ -120,25 +124,25 @@ class S4D(Aggregate):
         return jax.vmap(functools.partial(self.output, hold=hold))(y.astype(x.dtype)), x
 
     def _scan(self, x: Array, first: Array, start: Array, count: Count = None) -> tuple[Array, Array]:
-        """The combined values [T, D], and the state after the first `count` positions."""
+        """The combined values [T, D], and the state after the last position before the padding."""
         log_decay, C = self._discrete()
         decay, wider = jnp.exp(log_decay), widened(x)
-        real = indices(len(x)) < (len(x) if count is None else count)
+        padding = indices(len(x)) >= (len(x) if count is None else count)
 
-        def parts(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            first, real, entering = at
-            step_decay = jnp.where(real, jnp.where(first, 0, decay), 1)
-            return step_decay, jnp.broadcast_to(jnp.where(real, entering, 0)[None], decay.shape), C
+        def coefficients(position: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            first, padding, inputs = position
+            step_decay = jnp.where(padding, 1, jnp.where(first, 0, decay))
+            return step_decay, jnp.broadcast_to(jnp.where(padding, 0, inputs)[None], decay.shape), C
 
-        read, after = recur_and_read(parts, (first, real, wider.astype(decay.dtype)), start)
-        return read.real + self.skip.astype(wider.dtype)[None] * wider, after
+        y, last = recur_and_read(coefficients, (first, padding, wider.astype(decay.dtype)), start)
+        return y.real + self.skip.astype(wider.dtype)[None] * wider, last
 
     def init_memory(self, length: int) -> Any:
         zeros = jnp.zeros(self.im.shape[-2:], wide(self.im.dtype))
-        return complex_of(zeros, zeros)
+        return to_complex(zeros, zeros)
 
     def allocate(self, memory: Any, length: int, count: Count = None) -> Any:
-        # Fourier transforms leave no state: it is computed here, from the inputs, only where it is needed.
+        # Fourier transforms do not compute the state. `parallel` returns the inputs, from which it is computed here.
         return self._scan(memory, indices(len(memory)) == 0, self.init_memory(length), count)[1]
 
     def advance(self, memory: Any, x: Float[Array, " D"], position: Int[Array, ""]) -> tuple[Any, Float[Array, " D"]]:
@@ -147,5 +151,5 @@ class S4D(Aggregate):
 
 
 def _range(length: int, like: Array) -> Array:
-    """0, 1, ... along the first axis."""
+    """0, ..., length - 1 along a new first axis, in front of the axes of `like`."""
     return jnp.arange(length).astype(like.dtype).reshape(-1, *(1,) * like.ndim)

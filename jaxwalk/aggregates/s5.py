@@ -1,4 +1,4 @@
-"""S5 (Smith et al., arXiv 2208.04933): one state space model of all channels, diagonal in the HiPPO matrix's basis."""
+"""S5 (Smith et al., arXiv 2208.04933): a state space model shared by all channels, diagonal in the HiPPO eigenbasis."""
 
 import math
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from jaxtyping import Array, Complex, Float
 from jaxwalk.aggregates._state_space import (
     GatedOutput,
     StateSpace,
-    complex_of,
-    steps_between,
+    log_uniform,
+    to_complex,
     widened,
     zero_order_hold,
 )
@@ -29,10 +29,10 @@ class Config(AggregateConfig):
 
     name: ClassVar[str] = "s5"
     state: int = 64
-    """P, the number of complex numbers in the state, even: one of each conjugate pair is stored."""
+    """P, the number of complex elements of the state, even: one per conjugate pair is stored."""
     dt_min: float = 0.001
     dt_max: float = 0.1
-    """Initial step sizes, one per number of the state, are between these."""
+    """Initial step sizes, one per element of the state, are log-uniform between these bounds."""
 
     def check(self) -> Iterable[str]:
         if self.state < 2 or self.state % 2:
@@ -47,7 +47,7 @@ class Config(AggregateConfig):
         V_re, V_im = (jnp.asarray(part, jnp.float32) for part in (V.real, V.imag))
         B, C = normal(key_B, (D, P), 1 / math.sqrt(D)), normal(key_C, (P, D), 1 / math.sqrt(P))
         return S5(
-            # V^-1 B and C V of the paper, transposed, as B multiplies rows here; V is unitary.
+            # The paper's V^-1 B and C V, transposed, as vectors are rows here. V^-1 is the conjugate transpose of V.
             B_re=B @ V_re,
             B_im=-B @ V_im,
             C_re=V_re.T @ C,
@@ -56,20 +56,18 @@ class Config(AggregateConfig):
             output=GatedOutput(value=None, gate=Linear.init(D, D, bias=True, key=key_gate)),
             log_neg_re=jnp.asarray(np.log(-poles.real), jnp.float32),
             im=jnp.asarray(poles.imag, jnp.float32),
-            log_dt=jnp.log(steps_between(key_dt, (P // 2,), self.dt_min, self.dt_max)),
+            log_dt=jnp.log(log_uniform(key_dt, (P // 2,), self.dt_min, self.dt_max)),
         )
 
 
 @module
 class S5(StateSpace):
-    """h' = lambda h + B u in steps dt with a zero-order hold, y_i = 2 Re(C h_i) + D u_i, for conjugate pairs.
+    """h' = lambda h + B u with step size dt and a zero-order hold, y_i = 2 Re(C h_i) + D u_i.
 
-    lambda = -exp(log_neg_re) + i im is initialised to the eigenvalues of the normal part of HiPPO-LegS; dt =
-    exp(log_dt). The readout is the paper's g * sigmoid(gate(g)), g = GELU(y), which has no output map. G is the real
-    and imaginary parts of the numbers in the state, and pairs of channels of the direct term D u, whose A is the
-    identity.
-    Kind of A: exact, the same for all inputs. Held are the gates of the readout. The paper trains the real parts of
-    lambda directly; their logarithms, trained here, keep them negative and the state stable.
+    h has one element per conjugate pair. lambda = -exp(log_neg_re) + i im is initialised to the eigenvalues of the
+    normal part of HiPPO-LegS; dt = exp(log_dt). The paper trains the real parts of lambda directly; training their
+    logarithms keeps them negative, and the state stable. The readout is g * sigmoid(gate(g)) with g = GELU(y), as in
+    the paper, without an output map. Mixing matrix, held coefficients and memory are those of `StateSpace`.
     """
 
     log_neg_re: Float[Array, " N"] = nnx.data()
@@ -77,15 +75,15 @@ class S5(StateSpace):
     log_dt: Float[Array, " N"] = nnx.data()
 
     def discrete(self) -> tuple[Complex[Array, " N"], Complex[Array, " N"]]:
-        poles = complex_of(-jnp.exp(widened(self.log_neg_re)), self.im)
+        poles = to_complex(-jnp.exp(widened(self.log_neg_re)), self.im)
         log_decay, factor = zero_order_hold(poles, jnp.exp(widened(self.log_dt)))
-        return log_decay, 2 * factor  # once for each number of a conjugate pair
+        return log_decay, 2 * factor  # once for each element of a conjugate pair
 
 
 def hippo(P: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues [P/2] with positive imaginary parts, and eigenvectors [P, P/2], of the normal part of HiPPO-LegS.
+    """Eigenvalues [P/2] with positive imaginary parts and eigenvectors [P, P/2] of the normal part of HiPPO-LegS.
 
-    That matrix has -1/2 on the diagonal, -sqrt((n + 1/2)(k + 1/2)) at n > k, and is otherwise antisymmetric.
+    This part has -1/2 on the diagonal, -sqrt((n + 1/2)(k + 1/2)) at n > k, and is otherwise antisymmetric.
     """
     n = np.sqrt(np.arange(P) + 0.5)
     lower = -np.tril(np.outer(n, n), -1)

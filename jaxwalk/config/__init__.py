@@ -1,8 +1,8 @@
-"""Every choice a run is made of, as frozen dataclasses. Imports no jax, so that command lines start fast.
+"""All settings of a run as frozen dataclasses. Does not import jax, so that command lines start fast.
 
-A config file returns one `TrainConfig`. The resolved tree is written to a run's `config.json` as data (`to_dict`) and
-read back strictly (`from_dict`), so that a run's folder needs no Python file and no pickle. Values are checked when a
-dataclass is made: wrong types and impossible choices raise `ConfigError`, which states the remedy.
+A config file returns one `TrainConfig`. Its resolved form is written to the run's `config.json` as data (`to_dict`) and
+read back strictly (`from_dict`), so that a run's folder needs neither Python files nor pickles. Values are checked on
+construction: a wrong type or an impossible value raises `ConfigError`, whose message says how to fix it.
 """
 
 from jaxwalk.config._checked import Checked, ConfigError, at_least, fits, readable, unknown
@@ -29,7 +29,8 @@ from jaxwalk.config._run import (
 )
 
 FORMAT_VERSION = 2
-"""Of `config.json` and of the definition beside a checkpoint. 2: layers are always stacked; `model.scan` is gone."""
+"""Version of `config.json` and of the definition in a checkpoint. 2: layers are always stacked; `model.scan` is gone.
+"""
 
 __all__ = [
     "FORMAT_VERSION",

@@ -1,4 +1,4 @@
-"""The base of every config: a frozen dataclass whose values are checked when it is made."""
+"""The base of all configs: frozen dataclasses whose values are checked on construction."""
 
 import dataclasses
 import difflib
@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 
 class ConfigError(ValueError):
-    """An impossible config. The message states what was expected, what was given, and the remedy."""
+    """An impossible config. The message says what was expected, what was given, and how to fix it."""
 
 
 def unknown(kind: str, name: object, choices: Iterable[str]) -> str:
-    """The error message for a name that is not among `choices`: the closest match, then all choices."""
+    """The error message for a name not among `choices`: suggests the closest match and lists all choices."""
     choices = sorted(choices)
     close = difflib.get_close_matches(str(name), choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -21,7 +21,7 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> str:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether `value` has the type `annotation`, for the annotations that configs use."""
+    """Whether `value` has the type `annotation`, for the kinds of annotation that configs use."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return True
@@ -43,12 +43,12 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 def readable(annotation: Any) -> str:
-    """A type as it is written in error messages."""
+    """A type as written in error messages."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
 def at_least(config: Any, **bounds: float) -> Iterable[str]:
-    """Yield an error for each field of `config` that is below its bound or NaN. None is accepted."""
+    """Yield an error for each named field of `config` that is below its bound or NaN. None is accepted."""
     for name, bound in bounds.items():
         value = getattr(config, name)
         if value is not None and not value >= bound:
@@ -56,10 +56,10 @@ def at_least(config: Any, **bounds: float) -> Iterable[str]:
 
 
 class Checked:
-    """Base of every config. Field types are checked on construction; `check` adds what types cannot express."""
+    """Base of all configs. Field types are checked on construction; `check` adds what types cannot express."""
 
     def __new__(cls, *args: Any, **fields: Any) -> Any:
-        """Refuse unknown fields here, where the message can name the closest one; a dataclass says less."""
+        """Reject unknown fields here, where the message can suggest the closest one; a dataclass cannot."""
         names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in fields:
             if name not in names:
@@ -82,5 +82,5 @@ class Checked:
             raise ConfigError(f"{self._title()}: " + "; ".join(errors) + ".")
 
     def check(self) -> Iterable[str]:
-        """Yield one message for each value that is wrong, so that all of them are reported at once."""
+        """Yield a message for each wrong value, so that all are reported at once."""
         return ()

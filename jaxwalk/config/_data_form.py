@@ -1,4 +1,4 @@
-"""Configs as plain JSON data and back. Where a field can hold one of several dataclasses, `kind` names the one."""
+"""Conversion of configs to plain JSON data and back. `kind` names the class if a field admits several."""
 
 import dataclasses
 import typing
@@ -14,15 +14,15 @@ _FAMILIES: dict[str, Callable[[str], type]] = {}
 
 
 def register_family(prefix: str, find: Callable[[str], type]) -> None:
-    """Let `from_dict` read kinds of the form "prefix.name": `find` maps the name to its config class.
+    """Let `from_dict` read kinds of the form "prefix.name", where `find` maps the name to its config class.
 
-    Packages above `config` that hold one config class per file register themselves here on import.
+    A package above `config` with one config class per file calls this on import.
     """
     _FAMILIES[prefix] = find
 
 
 def to_dict(config: Any) -> Any:
-    """The config as plain JSON data, with every field written out."""
+    """The config as plain JSON data, including fields that have their default value."""
     if isinstance(config, AggregateConfig):
         return {"kind": f"aggregates.{config.name}", **_fields(config)}
     if type(config).__name__ in _KINDS:
@@ -41,10 +41,10 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, data: Mapping[str, Any]) -> Any:
-    """The config of class `cls` that `to_dict` wrote as `data`.
+    """The config of class `cls` from data written by `to_dict`.
 
     Raises:
-        ConfigError: for an unknown field or kind, naming the closest known one, and for impossible values.
+        ConfigError: if a field or kind is unknown, naming the closest known one, or a value is impossible.
     """
     data = dict(data)
     data.pop("kind", None)

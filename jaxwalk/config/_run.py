@@ -1,4 +1,4 @@
-"""The choices that define a training run: data, optimizer, checkpoints, devices, and the loop itself."""
+"""Settings that define a training run: data, optimizer, checkpoints, devices and the training loop."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from jaxwalk.config._model import ModelConfig
 
 @dataclass(frozen=True)
 class WorldData(Checked):
-    """Paths sampled from a world, fresh at every step. `params` are the arguments of the world's constructor."""
+    """Paths sampled from a world, fresh at every step. `params` are arguments of the world's constructor."""
 
     world: str = "mess3"
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -20,13 +20,13 @@ class WorldData(Checked):
 class TextData(Checked):
     """Text documents, tokenised once into a memory-mapped store and packed with segment ids.
 
-    `corpus` is "pydoc" (English that ships inside CPython, needs no network), a local file, folder or glob
-    (.txt, .jsonl, .parquet), or the name of a dataset on the Hugging Face hub.
+    `corpus` is "pydoc" (English text shipped with CPython, available offline), a local file, folder or glob (.txt,
+    .jsonl, .parquet), or the name of a dataset on the Hugging Face hub.
     """
 
     corpus: str = "pydoc"
     subset: str | None = None
-    """Configuration name of a hub dataset, where it has several."""
+    """Configuration name of a hub dataset that has several."""
     split: str = "train"
     column: str = "text"
     streaming: bool = False
@@ -36,9 +36,9 @@ class TextData(Checked):
     vocab_size: int = 257
     """Size of the vocabulary: 257 for bytes (256 and the begin-of-path token); the target size for BPE."""
     validation: float = 0.1
-    """Share of the documents that is held out."""
+    """Fraction of the documents that is held out."""
     store: str = "runs/stores"
-    """Folder of the tokenised stores; one corpus and tokenizer is tokenised once."""
+    """Folder of the tokenised stores. A store is reused by all runs with the same corpus and tokenizer."""
 
     def check(self) -> Iterable[str]:
         yield from at_least(self, max_tokens=1, vocab_size=257)
@@ -52,24 +52,24 @@ class TextData(Checked):
 
 @dataclass(frozen=True)
 class OptimConfig(Checked):
-    """AdamW with a learning-rate schedule. Weight decay acts on matrices only."""
+    """AdamW with a learning-rate schedule. Weight decay applies to matrices only."""
 
     lr: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: cosine decay; warm-up, stable, linear decay; or constant."""
+    """After the warm-up: "cosine" decay; "wsd", constant with a linear decay at the end; or "constant"."""
     warmup: int = 100
     """Steps of linear warm-up from 0."""
     decay_share: float = 0.2
-    """Share of the steps in which "wsd" decays."""
+    """Fraction of all steps in which "wsd" decays."""
     final_lr: float = 0.1
-    """Last learning rate as a share of `lr`."""
+    """Final learning rate as a fraction of `lr`."""
     weight_decay: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     clip: float | None = 1.0
-    """Largest global norm of a gradient; None for no clipping."""
+    """Largest global norm of the gradient; None disables clipping."""
 
     def check(self) -> Iterable[str]:
         yield from at_least(self, lr=0, warmup=0, final_lr=0, weight_decay=0, eps=0, clip=0)
@@ -82,14 +82,14 @@ class OptimConfig(Checked):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Checked):
-    """Which steps are kept: the union of the latest, the best, and log-spaced ones. Step 0 always is."""
+    """Which steps are saved: the union of the latest, the best and log-spaced ones. Step 0 is always saved."""
 
     every: int = 500
-    """Steps between checkpoints from which the run can resume."""
+    """Steps between checkpoints that training can resume from."""
     latest: int = 2
     best: int = 1
     log_spaced: int = 10
-    """How many steps, spaced evenly in log(step), keep their parameters for `training_walk`."""
+    """Number of steps, evenly spaced in log(step), whose parameters are kept for `training_walk`."""
 
     def check(self) -> Iterable[str]:
         yield from at_least(self, every=1, latest=1, best=0, log_spaced=0)
@@ -97,7 +97,7 @@ class CheckpointConfig(Checked):
 
 @dataclass(frozen=True)
 class MeshConfig(Checked):
-    """Devices: `data` ways of the batch times `model` ways of the parameters; data=0 takes all that are left."""
+    """Mesh of devices: the batch is split `data` ways, parameters `model` ways. data=0 uses all remaining devices."""
 
     data: int = 0
     model: int = 1
@@ -108,7 +108,7 @@ class MeshConfig(Checked):
 
 @dataclass(frozen=True)
 class TrainConfig(Checked):
-    """A whole run. The loss is -path_log_prob per predicted token; a path has `model.max_length` + 1 tokens."""
+    """A training run. The loss is -path_log_prob per predicted token; a path has `model.max_length` + 1 tokens."""
 
     name: str
     model: ModelConfig
@@ -120,19 +120,19 @@ class TrainConfig(Checked):
     batch_size: int = 64
     """Paths per step, over all devices and accumulation steps."""
     accumulate: int = 1
-    """Gradient accumulation: the number of parts that a step's batch is split into."""
+    """Gradient accumulation: the number of parts that the batch of a step is split into."""
     unroll: bool | None = None
-    """Train with the layers unrolled instead of scanned: faster on CPU, slower to compile. By default on CPU, up to 12
-    layers. The result is the same to rounding, and so are the checkpoints."""
+    """Train with unrolled instead of scanned layers: faster on CPU, slower to compile. By default on CPU with up to 12
+    layers. Results agree to rounding, and checkpoints do not depend on it."""
     steps_per_call: int = 10
-    """Steps in one jitted call. All intervals are multiples of it."""
+    """Steps per jitted call. All intervals are multiples of it."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     log_every: int = 100
     eval_every: int = 500
     eval_batches: int = 8
     sample_every: int = 0
-    """Steps between samples printed during the run; 0 for none."""
+    """Steps between samples printed during the run; 0 disables them."""
 
     def check(self) -> Iterable[str]:
         yield from at_least(self, steps=1, batch_size=1, accumulate=1, steps_per_call=1, log_every=1, eval_every=1)
@@ -145,8 +145,8 @@ class TrainConfig(Checked):
                 "sample_every": self.sample_every,
                 "checkpoint.every": self.checkpoint.every,
             }
-            for what, value in intervals.items():
+            for name, value in intervals.items():
                 if value % self.steps_per_call:
-                    yield f"{what}: expected a multiple of steps_per_call = {self.steps_per_call}, got {value}"
+                    yield f"{name}: expected a multiple of steps_per_call = {self.steps_per_call}, got {value}"
         if self.accumulate >= 1 and self.batch_size % self.accumulate:
             yield f"batch_size: expected a multiple of accumulate = {self.accumulate}, got {self.batch_size}"

@@ -1,1 +1,1 @@
-"""What analyses are built of: their subject, laws held against the truth, statistics, and the `Finding`."""
+"""What analyses are built from: the subject, laws compared with the truth, statistics, and the `Finding`."""

@@ -1,4 +1,4 @@
-"""What analyses return: numbers with their interval, their null and their conventions, and runs side by side."""
+"""What analyses return: numbers with intervals, nulls and conventions; and comparisons of several runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,17 +8,17 @@ import numpy as np
 
 
 class NotApplicable(ValueError):
-    """Raised by an analysis that makes no sense for this model, or has too little data. The message says why."""
+    """Raised by an analysis that does not apply to a model, or has too little data. The message says why."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One series of a figure; every field but `label` and `style` names an array of the finding.
+    """One series of a figure. Every field but `label`, `style` and `dashed` names an array of the finding.
 
-    line: y [n] against x [n], with a band from `low` to `high`. points: y against x, each in its `colour`
-    ([n, 3], red, green and blue from 0 to 1, or [n] numbers). bars: y [n] over the names in x [n], with error
-    bars from `low` to `high`. heatmap: y [rows, columns], the first row on top, columns named by x, rows by `rows`.
-    Names may be numbers or strings; a line or points against strings are drawn over their names too.
+    line: y [n] against x [n], with a band from `low` to `high`. points: y against x, each point in its `colour` ([n, 3]
+    RGB from 0 to 1, or [n] numbers). bars: y [n] over the names in x [n], with error bars from `low` to `high`.
+    heatmap: y [rows, columns], the first row on top, with columns named by `x` and rows by `rows`. Names may be numbers
+    or strings; lines and points can also be drawn over names, if x holds strings.
     """
 
     label: str
@@ -29,23 +29,23 @@ class Series:
     high: str | None = None
     colour: str | None = None
     dashed: bool = False
-    """How a null or a reference is drawn."""
+    """Whether the line is dashed, as for a null or a reference."""
     text: str | None = None
-    """Labels of the cells or points: an array of strings of the shape of y. Tokens are untrusted text."""
+    """Labels of the cells or points: an array of strings with the shape of y. Tokens in it are untrusted text."""
     rows: str | None = None
     """Names of the rows of a heatmap."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as data: the report draws it for paper (PNG, SVG) and for the page."""
+    """A figure as data, which the report draws for paper (PNG, SVG) and for the page."""
 
     name: str
-    """File name, without ending."""
+    """The file name without extension."""
     title: str
-    """A sentence that says what is seen."""
+    """A sentence that says what the figure shows."""
     x_label: str
-    """With `equal_aspect`, an empty label says that the axis has no meaning of its own: it is not drawn. So for y."""
+    """With `equal_aspect`, an empty label means that the axis has no meaning and is not drawn; likewise for y."""
     y_label: str
     series: tuple[Series, ...]
     references: Mapping[str, float] = field(default_factory=dict)
@@ -54,22 +54,25 @@ class Figure:
     log_y: bool = False
     equal_aspect: bool = False
     panels: bool = False
-    """Draw each series in a panel of its own, on the same axes."""
+    """Draw each series in its own panel, with shared axes."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One claim, what was measured, and what it was held against.
+    """One claim, what was measured, and the null or exact reference it is compared with.
 
-    name: the analysis. claim: the claim of the paper, in a sentence, with its number in THEORY.md's table.
-    measured: name -> number. Units are in the names' `conventions` (nats unless said).
-    interval: name -> (low, high), 95% bootstrap over paths, for names of `measured`; exact numbers have none.
-    null: name -> number: what the measured numbers are held against (a null model, or an exact reference). The
-        report sets `r2.untrained` beside the measured `r2`, and a plain `untrained` beside the first, the headline.
-    conventions: name -> what was chosen where a choice changes the numbers, and units.
-    arrays: name -> array, everything that the figures show and that a user may want.
-    figures: how to draw the arrays; the first of the first finding opens the report.
-    verdict: one sentence, with the numbers, that says what this run shows.
+    Attributes:
+        name: the analysis.
+        claim: the claim of the paper, in a sentence, after its number, such as C1.
+        measured: name -> number, in the units given in `conventions` (nats by default).
+        interval: name -> (low, high), 95% bootstrap over paths, for names in `measured`; exact numbers have none.
+        null: name -> number that the measured numbers are compared with: a null model or an exact reference. The report
+            puts `r2.untrained` beside the measured `r2`, and `untrained` beside the first measured number, the
+            headline.
+        conventions: name -> the convention chosen, where a choice changes the numbers; and units.
+        arrays: name -> array: all data of the figures, and further arrays for the user.
+        figures: how to draw the arrays. The report opens with the first figure of the first finding.
+        verdict: one sentence, with numbers, that says what this run shows.
     """
 
     name: str
@@ -96,7 +99,7 @@ class Finding:
                     raise ValueError(f"Finding {self.name!r}, figure {figure.name!r}: no array {', '.join(missing)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The finding as JSON data, without its arrays and figures. Numbers that JSON lacks (NaN) are None."""
+        """The finding as JSON data, without arrays and figures. NaN and infinities, which JSON lacks, become None."""
 
         def number(value: Any) -> float | None:
             return float(value) if value is not None and np.isfinite(value) else None
@@ -113,14 +116,25 @@ class Finding:
 
 
 class Cell(NamedTuple):
-    """A number of one run with its interval where it has one, or a text; nothing where the run has no such number."""
+    """One number or text of one run.
+
+    Attributes:
+        value: None if the run has no such number.
+        interval: its interval, if there is one.
+    """
 
     value: float | str | None
     interval: tuple[float, float] | None = None
 
 
 class Row(NamedTuple):
-    """One quantity, of each run in turn. against: it is a null or an exact reference of the row above."""
+    """One quantity across runs.
+
+    Attributes:
+        name: the quantity.
+        cells: one cell per run.
+        against: whether the row is a null or an exact reference of the row above.
+    """
 
     name: str
     cells: tuple[Cell, ...]
@@ -128,7 +142,13 @@ class Row(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Rows that belong together, such as what one analysis measured; claim: what is said of them, or nothing."""
+    """A group of related rows, such as the numbers of one analysis.
+
+    Attributes:
+        name: the heading.
+        claim: the claim that the numbers are about, or an empty string.
+        rows: the rows.
+    """
 
     name: str
     claim: str
@@ -136,7 +156,15 @@ class Section(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Runs side by side. notes: what a reader must know before comparing them, such as that their data differ."""
+    """Runs side by side.
+
+    Attributes:
+        names: the names of the runs.
+        sections: tables of their numbers.
+        notes: caveats for the reader, such as that the runs were trained on different data.
+        figures: figures of all runs.
+        arrays: the arrays that the figures draw.
+    """
 
     names: tuple[str, ...]
     sections: tuple[Section, ...]

@@ -1,4 +1,4 @@
-"""Laws over paths, held against the truth step by step: of a model, and of the n-gram model that is its null."""
+"""Laws over paths compared with the truth step by step: of a model, and of the n-gram model that is its null."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ from jaxwalk.model import Transformer
 from jaxwalk.paths import next_log_probs
 
 EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Of the bins in which probabilities are compared with what came of them."""
+"""Edges of the probability bins used for calibration."""
 
 
 def check_data(subject: Subject) -> None:
-    """Raises NotApplicable where the subject has no data that its laws could be held against."""
+    """Raise NotApplicable if the subject has no data that its laws could be compared with."""
     if subject.world is None and subject.store is None:
         raise NotApplicable(f"it needs the data that the model was trained on, a world or a text: {subject.no_data}")
     if subject.world is not None and subject.world.vocab_size != subject.model.vocab_size:
@@ -34,7 +34,10 @@ def check_data(subject: Subject) -> None:
 
 
 def held_out_paths(subject: Subject, n: int) -> Int[np.ndarray, "n N"]:
-    """n held-out paths of N = length + 1 tokens, the last of which is only predicted; shorter if documents are."""
+    """n held-out paths [n, N] of N = length + 1 tokens, the last of which is only predicted.
+
+    They are shorter if the documents of a text are.
+    """
     length = subject.length + 1
     while True:
         try:
@@ -46,13 +49,19 @@ def held_out_paths(subject: Subject, n: int) -> Int[np.ndarray, "n N"]:
 
 
 class Steps(NamedTuple):
-    """What is kept of a model's law along paths of T+1 tokens. Entry t is about the step after t+1 tokens.
+    """Summaries of a law along paths of T+1 tokens. Entry t refers to the step after t+1 tokens.
 
-    log_prob: of the token that came. entropy: of the law. kl: KL(truth || law). world_log_prob, world_entropy: of
-    the truth. The truth is the world's law, and 0 is kept after a prefix that the world forbids; without a world
-    it is the token that came, so that `kl` is the loss. bins, top_bins: [K, 4], summed over steps: number of
-    probabilities, their sum, the summed truth, and the variance that a calibrated model expects of it; for all
-    tokens, and for the most probable one only.
+    The truth is the world's law. Without a world it is the token that followed, so that `kl` is the loss.
+
+    Attributes:
+        log_prob: log-probability of the token that followed.
+        entropy: entropy of the law.
+        kl: KL(truth || law), 0 after a prefix that the world forbids.
+        world_log_prob: log-probability of the token that followed under the world's law, 0 after a forbidden prefix.
+        world_entropy: entropy of the world's law, 0 after a forbidden prefix.
+        bins: [K, 4], for each probability bin: the number of probabilities in it, their sum, the sum of the truth, and
+            the variance of that sum expected of a calibrated model. Summed over steps and all tokens.
+        top_bins: [K, 4], likewise for the most probable token only.
     """
 
     log_prob: Any
@@ -66,58 +75,59 @@ class Steps(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="binned")
 def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"], binned: bool) -> Steps:
-    def one(row: Array) -> Steps:
+    def observe_path(row: Array) -> Steps:
         before, after = row[:-1], row[1:]
         index = jnp.arange(len(after))
         log_p = law(before) if isinstance(law, NGram) else next_log_probs(law, before)
         p = jnp.exp(log_p)
         log_prob, entropy = log_p[index, after], -jnp.sum(jnp.where(p > 0, p * log_p, 0), axis=-1)
         if world is None:
-            truth, possible = jax.nn.one_hot(after, p.shape[-1], dtype=p.dtype), jnp.ones(len(before), bool)
-            of_world = -log_prob, jnp.zeros_like(log_prob), jnp.zeros_like(log_prob)
+            truth, allowed = jax.nn.one_hot(after, p.shape[-1], dtype=p.dtype), jnp.ones(len(before), bool)
+            world_terms = -log_prob, jnp.zeros_like(log_prob), jnp.zeros_like(log_prob)
         else:
             log_truth = world.next_log_probs(before)[1:].astype(p.dtype)
-            possible = ~jnp.isnan(log_truth).any(axis=-1)
-            truth = jnp.where(possible[:, None], jnp.exp(log_truth), 0)
+            allowed = ~jnp.isnan(log_truth).any(axis=-1)
+            truth = jnp.where(allowed[:, None], jnp.exp(log_truth), 0)
             zero = truth == 0  # 0 log 0 = 0
-            safe = jnp.where(zero, 0, log_truth)
-            of_world = (
-                jnp.sum(truth * jnp.where(zero, 0, safe - log_p), axis=-1),
-                jnp.where(possible, log_truth[index, after], 0),
-                -jnp.sum(truth * safe, axis=-1),
+            log_truth_or_0 = jnp.where(zero, 0, log_truth)
+            world_terms = (
+                jnp.sum(truth * jnp.where(zero, 0, log_truth_or_0 - log_p), axis=-1),
+                jnp.where(allowed, log_truth[index, after], 0),
+                -jnp.sum(truth * log_truth_or_0, axis=-1),
             )
         if not binned:
-            return Steps(log_prob, entropy, *of_world, None, None)
+            return Steps(log_prob, entropy, *world_terms, None, None)
         top = p == p.max(axis=-1, keepdims=True)
         return Steps(
             log_prob,
             entropy,
-            *of_world,
-            _binned(p, truth, possible[:, None]),
-            _binned(p, truth, possible[:, None] & top & (jnp.cumsum(top, axis=-1) == 1)),
+            *world_terms,
+            _binned(p, truth, allowed[:, None]),
+            _binned(p, truth, allowed[:, None] & top & (jnp.cumsum(top, axis=-1) == 1)),
         )
 
-    return jax.vmap(one)(rows)
+    return jax.vmap(observe_path)(rows)
 
 
-def _binned(p: Float[Array, "T V"], truth: Float[Array, "T V"], kept: Array) -> Float[Array, "K 4"]:
+def _binned(p: Float[Array, "T V"], truth: Float[Array, "T V"], selected: Array) -> Float[Array, "K 4"]:
     values = jnp.stack([jnp.ones_like(p), p, truth])
 
     def above(edge: Array) -> Array:
-        return jnp.sum(jnp.where(kept & (p >= edge), values, 0), axis=2)
+        return jnp.sum(jnp.where(selected & (p >= edge), values, 0), axis=2)
 
-    # A sum above each edge; their differences are the bins, [K, 3, T].
+    # Bins [K, 3, T] are differences of sums above consecutive edges.
     sums = lax.map(above, jnp.array([*EDGES[:-1], 2.0], p.dtype))
     bins = sums[:-1] - sums[1:]
-    # Only one token comes at a step, so what comes in a bin is 0 or 1, however many tokens are in it.
-    given = jnp.clip(bins[:, 1:2], 0, 1)
-    return jnp.concatenate([bins, given * (1 - given)], axis=1).sum(axis=2)
+    # At each step one token follows, so whether it falls into a bin is a Bernoulli variable with the bin's total mass.
+    mass = jnp.clip(bins[:, 1:2], 0, 1)
+    return jnp.concatenate([bins, mass * (1 - mass)], axis=1).sum(axis=2)
 
 
 def batch_size(law: "Transformer | NGram", length: int) -> int:
-    """How many paths are walked together, so that the largest array in the way has about 2^22 elements.
+    """The number of paths to walk together, a power of two, so that the largest array has about 2^22 elements.
 
-    Where that is fewer than four, as many more, up to four, as 2^24 elements allow: every batch reads all weights.
+    If that would be fewer than four paths, up to four are walked within 2^24 elements, since every batch reads all
+    weights.
     """
     widest = max(law.vocab_size, 4 * length, 0 if isinstance(law, NGram) else 4 * law.width)
     size = max(min(256, (1 << 22) // (length * widest)), min(4, (1 << 24) // (length * widest)))
@@ -125,19 +135,26 @@ def batch_size(law: "Transformer | NGram", length: int) -> int:
 
 
 def in_batches(function: Callable[..., Any], batch: int, *per_path: np.ndarray) -> Any:
-    """`function` of arrays with paths as first axis, over batches of one shape; results in float64 on the host."""
+    """`function` of arrays whose first axis is paths, in batches of one shape; float64 results on the host."""
     parts = []
-    for together in zip(*(batches(a, batch) for a in per_path), strict=True):
-        count = together[0][1]
-        part = function(*(a for a, _ in together))
+    for batch_of_each in zip(*(batches(a, batch) for a in per_path), strict=True):
+        count = batch_of_each[0][1]
+        part = function(*(a for a, _ in batch_of_each))
         parts.append(jax.tree.map(lambda a, count=count: np.asarray(a, np.float64)[:count], part))
     return jax.tree.map(lambda *a: np.concatenate(a), *parts)
 
 
 def observe(law: "Transformer | NGram", world: Any, rows: Int[np.ndarray, "n N"], binned: bool = False) -> Steps:
-    """`Steps` of many paths, in bounded memory; models of one shape share one compilation.
+    """The `Steps` of many paths, in bounded memory. Models of one shape share one compilation.
 
-    binned: whether bins are wanted too, which is most of the work where the vocabulary is large; else they are None.
+    Args:
+        law: a model or an n-gram model.
+        world: the world whose law is the truth, or None.
+        rows: [n, N], the paths.
+        binned: whether to compute the bins, which is most of the work for a large vocabulary; otherwise they are None.
+
+    Returns:
+        The steps, [n, N - 1] each; bins [n, K, 4].
     """
     batch = batch_size(law, rows.shape[1] - 1)
     return in_batches(functools.partial(_observe, law, world, binned=binned), batch, rows.astype(np.int32))
@@ -146,10 +163,11 @@ def observe(law: "Transformer | NGram", world: Any, rows: Int[np.ndarray, "n N"]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["contexts", "laws"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class NGram:
-    """An interpolated n-gram model: each order is smoothed towards the one below it, the lowest towards uniform.
+    """An interpolated n-gram model: each order is smoothed towards the order below, the lowest towards uniform.
 
-    contexts: of each order k, the codes, in order, of the contexts of k tokens that were seen, [C_k].
-    laws: of each order, log p after each of these contexts, [C_k, V].
+    Attributes:
+        contexts: for each order k, the sorted codes [C_k] of the contexts of k tokens that were seen.
+        laws: for each order, log p after each of these contexts, [C_k, V].
     """
 
     contexts: tuple[Any, ...]
@@ -161,7 +179,7 @@ class NGram:
         return self.laws[0].shape[-1]
 
     def __call__(self, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
-        """log p(. | tokens up to t): by the longest context that was seen."""
+        """log p(. | tokens up to t), by the longest context that was seen."""
         V = self.vocab_size
         law = jnp.broadcast_to(self.laws[0][0], (len(tokens), V))
         code = jnp.zeros(len(tokens), jnp.int32)
@@ -177,28 +195,38 @@ class NGram:
 def fit_ngrams(
     tokens: Int[np.ndarray, "n T"], segments: Int[np.ndarray, "n T"], V: int, order: int, smoothing: float
 ) -> NGram:
-    """The n-gram models of order 0 to at most `order`, in one: p_k(v | c) = (n(c v) + s p_{k-1}(v)) / (n(c) + s).
+    """An n-gram model of order up to `order`: p_k(v | c) = (n(c v) + s p_{k-1}(v)) / (n(c) + s).
 
-    Nothing is counted across a border of segments, nor in padding (segment 0). Stops at an order with too many
-    contexts to hold.
+    Fitting stops early at an order with too many contexts to store.
+
+    Args:
+        tokens: [n, T].
+        segments: [n, T], the document of each position. Nothing is counted across documents or in padding (segment 0).
+        V: the size of the vocabulary.
+        order: the largest number of tokens in a context.
+        smoothing: s.
+
+    Returns:
+        The model, which contains those of all lower orders.
     """
     contexts, laws = [np.zeros(1, np.int32)], []
-    law, below = np.full((1, V), 1 / V), np.zeros(1, np.int64)
+    law, contexts_below = np.full((1, V), 1 / V), np.zeros(1, np.int64)
     for k in range(order + 1):
         if V**k > 1 << 30:
             break
         code, after, inside = _context_codes(tokens, segments, V, k)
-        seen, index = np.unique(code[inside], return_inverse=True)
-        if k and not 0 < len(seen) * V <= 1 << 25:
+        codes, index = np.unique(code[inside], return_inverse=True)
+        if k and not 0 < len(codes) * V <= 1 << 25:
             break
-        counts = np.bincount(index * V + after[inside], minlength=len(seen) * V).reshape(-1, V)
+        counts = np.bincount(index * V + after[inside], minlength=len(codes) * V).reshape(-1, V)
         if k:
-            base = law[np.searchsorted(below, seen % V ** (k - 1))]  # the same context without its earliest token
-            contexts.append(seen.astype(np.int32))
+            shorter = codes % V ** (k - 1)  # the same contexts without their earliest token
+            base = law[np.searchsorted(contexts_below, shorter)]
+            contexts.append(codes.astype(np.int32))
         else:
             base = law
         law = (counts + smoothing * base) / (counts.sum(axis=1, keepdims=True) + smoothing)
-        below = seen
+        contexts_below = codes
         laws.append(np.log(law).astype(np.float32))
     return NGram(tuple(contexts), tuple(laws))
 
@@ -206,7 +234,7 @@ def fit_ngrams(
 def _context_codes(
     tokens: np.ndarray, segments: np.ndarray, V: int, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each token from the second on: the code of the k before it, itself, whether these lie in one document."""
+    """For each token from the second on: the code of the k before it, itself, and whether all are in one document."""
     code = np.zeros((len(tokens), tokens.shape[1] - 1), np.int64)
     inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     for j in range(k):
@@ -217,32 +245,32 @@ def _context_codes(
 
 
 def best_ngram(subject: Subject, length: int, budget: int = 1 << 17) -> tuple[NGram, str]:
-    """The order and smoothing that predict best, fitted and chosen on data of their own, and a sentence on them."""
+    """The n-gram model that predicts best on data set aside to choose order and smoothing, and a description of it."""
     V = subject.model.vocab_size
-    fresh = 5 * max(16, budget // length // 4)
+    n = 5 * max(16, budget // length // 4)
     if subject.world is not None:
         key = jax.random.fold_in(jax.random.key(subject.seed), 0x96A3)
-        tokens = np.asarray(subject.world.sample(key, fresh, length))
+        tokens = np.asarray(subject.world.sample(key, n, length))
         segments = np.ones_like(tokens)
     else:
-        tokens, segments = (np.asarray(a) for a in subject.store.batch(subject.seed, 0, fresh, length, split="train"))
-    fit, choose = slice(0, fresh * 4 // 5), slice(fresh * 4 // 5, None)
+        tokens, segments = (np.asarray(a) for a in subject.store.batch(subject.seed, 0, n, length, split="train"))
+    fit, choice = slice(0, n * 4 // 5), slice(n * 4 // 5, None)
     order = min(length - 1, 10)
     best = math.inf
     for weight in (1.0, 8.0, 64.0):
         fitted = fit_ngrams(tokens[fit], segments[fit], V, order, weight)
-        losses = _ngram_losses(fitted, tokens[choose], segments[choose], V)
-        if min(losses) < best:  # and only one is held
+        losses = _ngram_losses(fitted, tokens[choice], segments[choice], V)
+        if min(losses) < best:  # keep only the best in memory
             best, k, smoothing = min(losses), int(np.argmin(losses)), weight
             ngram = NGram(fitted.contexts[: k + 1], fitted.laws[: k + 1])
     return ngram, (
         f"order {k} (contexts of up to {k} tokens), interpolation weight {smoothing:g}, fitted on "
-        f"{tokens[fit].size} tokens and chosen on {tokens[choose].size} others"
+        f"{tokens[fit].size} tokens and chosen on {tokens[choice].size} others"
     )
 
 
 def _ngram_losses(ngram: NGram, tokens: np.ndarray, segments: np.ndarray, V: int) -> list[float]:
-    """Loss of each order, in nats per token."""
+    """The loss of each order, in nats per token."""
     losses, inside = [], _context_codes(tokens, segments, V, 0)[2]
     log_p = np.zeros(inside.shape)
     for k, (contexts, law) in enumerate(zip(ngram.contexts, ngram.laws, strict=True)):

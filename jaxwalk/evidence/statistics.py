@@ -1,6 +1,6 @@
-"""Statistics, once: bootstrap intervals over paths, variance explained, permutations. In float64 numpy, fixed seeds.
+"""Statistics: bootstrap intervals over paths, variance explained, permutation tests. In float64 numpy with fixed seeds.
 
-Positions of one path are not independent, so paths are what is resampled.
+Positions of one path are not independent, so intervals resample paths.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +21,20 @@ def bootstrap(
     resamples: int = RESAMPLES,
     level: float = 0.95,
 ) -> tuple[float, float] | tuple[np.ndarray, np.ndarray]:
-    """Percentile interval of `statistic(*per_path)` when paths, the first axis of each array, are resampled.
+    """Percentile bootstrap interval of `statistic(*per_path)`, resampling paths.
 
-    Raises NotApplicable with fewer than 8 paths, whose interval would mean nothing.
+    Args:
+        statistic: a function of the resampled arrays.
+        *per_path: arrays whose first axis is paths.
+        seed: of the resamples.
+        resamples: the number of resamples.
+        level: the coverage of the interval.
+
+    Returns:
+        The interval (low, high), with the shape of the statistic.
+
+    Raises:
+        NotApplicable: if there are fewer than 8 paths, too few for a meaningful interval.
     """
     n = len(per_path[0])
     if n < 8:
@@ -31,21 +42,22 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(resamples):
-        chosen = rng.integers(0, n, n)
-        draws.append(statistic(*(np.asarray(a)[chosen] for a in per_path)))
+        rows = rng.integers(0, n, n)
+        draws.append(statistic(*(np.asarray(a)[rows] for a in per_path)))
     low, high = np.quantile(np.asarray(draws, float), [(1 - level) / 2, (1 + level) / 2], axis=0)
     return (float(low), float(high)) if np.ndim(low) == 0 else (low, high)
 
 
 def mean_interval(per_path: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """95% bootstrap interval of the mean over paths, elementwise over the other axes: low and high."""
+    """95% bootstrap interval of the mean over paths (the first axis), elementwise over the other axes: low and high."""
     return percentiles(resampled_means(per_path, seed))
 
 
 def resampled_means(per_path: np.ndarray, seed: int = 0) -> np.ndarray:
-    """[RESAMPLES, ...]: the means of resamples of the paths, for statistics that are functions of means.
+    """Means of bootstrap resamples of the paths, [RESAMPLES, ...], for statistics that are functions of means.
 
-    One seed gives the same resamples to arrays of equally many paths, so that differences are paired.
+    Arrays with the same number of paths get the same resamples from one seed, so that differences are paired. Raises
+    NotApplicable if there are fewer than 8 paths.
     """
     per_path = np.asarray(per_path, float)
     n = len(per_path)
@@ -57,9 +69,9 @@ def resampled_means(per_path: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def crossed_means(losses: np.ndarray, seed: int = 0) -> np.ndarray:
-    """[RESAMPLES]: means of [S, n] numbers, of every seed's model on every path, when both are resampled.
+    """Means [RESAMPLES] of numbers [S, n], one for each seed's model and path, resampling both.
 
-    Seeds and paths are crossed, not nested. One `seed` gives the same resamples to arrays of one shape, so that
+    Seeds and paths are crossed, not nested. Arrays of one shape get the same resamples from one `seed`, so that
     differences are paired.
     """
     S, n = losses.shape
@@ -70,15 +82,15 @@ def crossed_means(losses: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def percentiles(draws: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The interval that holds the share `level` of the draws, the first axis: low and high."""
+    """The central interval that contains a fraction `level` of the draws (the first axis): low and high."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return np.asarray(low), np.asarray(high)
 
 
 def batches(paths: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches of exactly `size` paths, so that one compiled function takes them all, and how many of each count.
+    """Batches of exactly `size` paths, so that a function is compiled once, each with its number of distinct paths.
 
-    The last one is filled up by repeating its last path.
+    The last batch is filled up by repeating the last path.
     """
     for start in range(0, len(paths), size):
         batch = paths[start : start + size]
@@ -86,42 +98,59 @@ def batches(paths: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def r_squared(predicted: np.ndarray, actual: np.ndarray) -> float:
-    """Share of the variance of `actual` [n, k] (or [n]), around its mean, that `predicted` explains. At most 1."""
+    """The fraction of the variance of `actual`, [n, k] or [n], around its mean that `predicted` explains. At most 1."""
     residual = np.sum((actual - predicted) ** 2)
     total = np.sum((actual - actual.mean(axis=0)) ** 2)
     return float(1 - residual / total)
 
 
 def permutation_p(observed: float | np.ndarray, null_draws: np.ndarray) -> np.ndarray:
-    """(1 + number of draws >= observed) / (1 + draws), elementwise; draws are the first axis of `null_draws`.
+    """Permutation p-values, elementwise: (1 + number of draws >= observed) / (1 + number of draws).
 
-    One-sided: small where the observed number is larger than permutations make it. What was observed is itself one
-    of the permutations, which is what the ones are for (Phipson and Smyth 2010): the p-value is never 0.
+    One-sided: small if the observed number is larger than under permutation. The observed order counts as one of the
+    permutations, so the p-value is never 0 (Phipson and Smyth 2010).
+
+    Args:
+        observed: the observed numbers.
+        null_draws: the same numbers under permutations, along a new first axis.
+
+    Returns:
+        The p-values.
     """
     null_draws = np.asarray(null_draws, float)
     return np.asarray((1 + (null_draws >= observed).sum(axis=0)) / (1 + len(null_draws)))
 
 
 def quantile_groups(x: Float[np.ndarray, " n"] | Int[np.ndarray, " n"], groups: int) -> Int[np.ndarray, " n"]:
-    """The group of each entry, from 0: `groups` groups of near equal size, of the smallest entries to the largest."""
-    place = np.empty(len(x), int)
-    place[np.argsort(x, kind="stable")] = np.arange(len(x))
-    return place * groups // max(len(x), 1)
+    """The group of each entry, from 0 (the smallest entries) to `groups` - 1; groups have nearly equal sizes."""
+    rank = np.empty(len(x), int)
+    rank[np.argsort(x, kind="stable")] = np.arange(len(x))
+    return rank * groups // max(len(x), 1)
 
 
 def permute_within(groups: Int[np.ndarray, " n"], rng: np.random.Generator) -> Int[np.ndarray, " n"]:
-    """A permutation, uniform among those that leave every entry in its group; of one group, among all."""
+    """A uniformly random permutation that leaves every entry in its group."""
     permutation = np.empty(len(groups), int)
     permutation[np.argsort(groups, kind="stable")] = np.lexsort((rng.random(len(groups)), groups))
     return permutation
 
 
 def g_test(counts: np.ndarray, law: np.ndarray, least: float = 5.0) -> tuple[float, int, float]:
-    """Likelihood-ratio test of `counts` [n] against the probabilities `law` [n]: G, degrees of freedom, p-value.
+    """Likelihood-ratio test of counts against probabilities.
 
-    Cells are pooled, the rarest first, until each expects at least `least` counts, without which the chi-square
-    law of G would not hold. Under the hypothesis the p-value is uniform between 0 and 1. Raises NotApplicable where
-    fewer than two cells are left.
+    Cells are pooled, the rarest first, until each expects at least `least` counts, as the chi-square approximation
+    requires. Under the hypothesis the p-value is uniform on [0, 1].
+
+    Args:
+        counts: [n].
+        law: [n], the probabilities, up to normalisation.
+        least: the smallest expected count of a cell.
+
+    Returns:
+        G, the degrees of freedom and the p-value.
+
+    Raises:
+        NotApplicable: if fewer than two cells remain.
     """
     counts, expected = np.asarray(counts, float), np.sum(counts) * np.asarray(law, float) / np.sum(law)
     order = np.argsort(expected, kind="stable")
@@ -132,7 +161,7 @@ def g_test(counts: np.ndarray, law: np.ndarray, least: float = 5.0) -> tuple[flo
             starts.append(cell)
             pooled = 0.0
         pooled += size
-    if pooled < least and len(starts) > 1:  # what is left over goes with the cell before it
+    if pooled < least and len(starts) > 1:  # the remainder joins the previous cell
         starts.pop()
     counts, expected = np.add.reduceat(counts, starts), np.add.reduceat(expected, starts)
     if len(counts) < 2:

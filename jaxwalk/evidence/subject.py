@@ -1,4 +1,4 @@
-"""What an analysis is handed: a trained model, its untrained self, and the data whose law it learned, or a text."""
+"""What an analysis receives: a trained model, its untrained version, and the data whose law it learned, or a text."""
 
 import dataclasses
 import os
@@ -20,15 +20,25 @@ from jaxwalk.model.inputs import check_tokens
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and everything that its numbers are held against.
+    """A model and everything that its numbers are compared with.
 
-    model: the model that is analysed. untrained: the same model at step 0, the null of every claim about
-    training, or, of a foreign checkpoint, a fresh one of its architecture; None where there is none. world: the data's
-    exact law, or None. store: the token store of a text model, or None. pieces: whether it holds a text that was cut
-    for looking at (`text.cut`), and not the corpus of the training. prompt: token ids that the user asked about, or
-    None. series: the steps of training that `at_step` can load. seed: of the paths that are drawn. workdir: the run's
-    folder. name: what the report calls the model; by default the name of the run's folder. missing: why there is no
-    store, or no untrained model, where there should be one. remarks: more of what the report says about it.
+    Attributes:
+        model: the model to analyse.
+        vocabulary: its vocabulary, or None.
+        untrained: the same model at step 0, the null of every claim about training. For a pretrained model without a
+            step 0, a freshly initialised one of its architecture. None if there is neither.
+        world: the world that the data comes from, whose law is known exactly, or None.
+        store: the token store of a text model, or None.
+        pieces: whether the store holds a text cut into pieces for analysis (`text.cut`) instead of the training corpus.
+        prompt: the token ids of the user's prompt, or None.
+        step: the training step of the model, or None.
+        series: the training steps that `at_step` can load.
+        load_step: loads the model of a step, or None.
+        seed: the seed of the paths that are drawn.
+        workdir: the run's folder, or None.
+        name: the name of the model in reports; by default the name of the run's folder.
+        missing: what is missing that should be there (such as "store" or "untrained") -> the reason.
+        remarks: further facts for the report.
     """
 
     model: Transformer
@@ -49,15 +59,25 @@ class Subject:
 
     @property
     def length(self) -> int:
-        """How many tokens of a path are walked: of a text cut in pieces those of a piece, else all the model can."""
+        """The number of tokens of a path that are walked: those of a piece of text, otherwise max_length."""
         return len(self.store.validation.document(0)) - 1 if self.pieces else self.model.max_length
 
     def paths(self, n: int, length: int | None = None) -> Int[np.ndarray, "n T"]:
-        """n held-out paths of `length` tokens (by default `self.length`).
+        """n held-out paths of `length` tokens.
 
-        From a world they are fresh samples; from text, windows of the validation split that lie in one document. Of a
-        text cut in pieces they are the pieces' beginnings, in a random order, and there may be fewer than n. The same
-        call gives the same paths. Raises NotApplicable if the data has not enough of them.
+        From a world, they are fresh samples. From text, they are windows of the validation split that lie within one
+        document. From a text cut into pieces, they are the beginnings of pieces in random order, and there may be fewer
+        than n. The same call returns the same paths.
+
+        Args:
+            n: the number of paths.
+            length: the number of tokens of each; `self.length` by default.
+
+        Returns:
+            [n, length].
+
+        Raises:
+            NotApplicable: if there is not enough data.
         """
         length = self.length if length is None else length
         if self.world is not None:
@@ -72,41 +92,41 @@ class Subject:
                     f"paths: expected at most {pieces.shape[1]} tokens, as the text is cut, got {length}."
                 )
             return pieces[np.random.default_rng(self.seed).permutation(len(pieces))[:n], :length].astype(np.int32)
-        found: list[np.ndarray] = []
+        windows: list[np.ndarray] = []
         for attempt in range(100):
             tokens, segments = self.store.batch(self.seed, attempt, max(n, 64), length, split="validation")
             whole = (segments == segments[:, :1]).all(axis=1) & (segments[:, 0] > 0)
-            found.extend(tokens[whole])
-            if len(found) >= n:
-                return np.stack(found[:n])
+            windows.extend(tokens[whole])
+            if len(windows) >= n:
+                return np.stack(windows[:n])
         raise NotApplicable(
-            f"paths: expected {n} windows of {length} tokens that lie in one document, found {len(found)}. "
+            f"paths: expected {n} windows of {length} tokens that lie in one document, found {len(windows)}. "
             "Analyse shorter paths, or use a corpus of longer documents."
         )
 
     @property
     def no_data(self) -> str:
-        """Why there is no data."""
+        """The reason why there is no data."""
         return self.missing.get("store", "a model without data")
 
     def at_step(self, step: int) -> "Subject":
-        """The same subject with the model of another training step."""
+        """The same subject with the model of another training step. Raises ValueError for a step not in `series`."""
         if self.load_step is None or step not in self.series:
             raise ValueError(f"step: expected one of {list(self.series)}, got {step}.")
         return dataclasses.replace(self, model=plain(self.load_step(step)), step=step)
 
     def symbol(self, token: int | np.integer) -> str:
-        """How one token is shown. Untrusted text: escape it where it meets HTML."""
+        """The displayed form of a token. It is untrusted text: escape it in HTML."""
         return str(token) if self.vocabulary is None else self.vocabulary.symbol(int(token))
 
     @property
     def title(self) -> str:
-        """What the report is about."""
+        """The title of the report."""
         name = self.name or (self.workdir.resolve().name if self.workdir else "model")
         return name if self.step is None else f"{name}, step {self.step}"
 
     def facts(self) -> dict[str, str]:
-        """What the report says about the model and its data."""
+        """Facts about the model and its data for the report."""
         model = self.model
         kinds = list(dict.fromkeys(type(layer.aggregate).__name__ for layer in model.layers))
         facts = {
@@ -118,19 +138,18 @@ class Subject:
         if self.world is not None:
             facts["data"] = f"the world {self.world}, whose path law is known exactly"
         elif self.pieces:
-            held_out, fitted = (len(side.starts) for side in (self.store.validation, self.store.train))
+            measured, fitted_on = (len(side.starts) for side in (self.store.validation, self.store.train))
             facts["data"] = (
-                f"text, cut in pieces of {self.length} tokens: {held_out} that are measured, {fitted} that nulls are "
-                "fitted on"
+                f"text, cut in pieces of {self.length} tokens: {measured} to measure on, {fitted_on} to fit nulls on"
             )
         elif self.store is not None:
             facts["data"] = f"text, {len(self.store.validation.tokens):,} held-out tokens"
-        for what, reason in self.missing.items():
-            facts[f"no {what}"] = reason
+        for name, reason in self.missing.items():
+            facts[f"no {name}"] = reason
         return facts | dict(self.remarks)
 
     def metrics(self) -> list[dict[str, float]]:
-        """The rows of the run's metrics.jsonl; none where there is no such file."""
+        """The rows of the run's metrics.jsonl, or none if there is no such file."""
         return [] if self.workdir is None else checkpoint.read_metrics(self.workdir / "metrics.jsonl")
 
 
@@ -142,18 +161,30 @@ def open_subject(
     corpus: str | None = None,
     length: int | None = None,
 ) -> Subject:
-    """The subject of a run's folder at one of its kept steps, or of whatever else `jaxwalk.load` loads.
+    """The subject of a saved step of a run, or of any other source that `jaxwalk.load` accepts.
 
-    prompt: text, in symbols of the model's vocabulary. corpus: a text to look at, instead of the run's own data: a file
-    or what `text.documents` reads, cut in pieces of `length` tokens (`text.cut`). A foreign checkpoint has no data
-    otherwise. Of a run, data that is gone, or a step 0 that cannot be read, costs what needs it and no more: `missing`
-    says why. Raises CheckpointError for what cannot be read, ValueError for a prompt that the vocabulary cannot encode
-    or the model cannot walk, ConfigError (CorpusError) for a corpus or a length that cannot be used.
+    If a run's data is gone, or its step 0 cannot be read, only what depends on it is unavailable: `missing` says why.
+
+    Args:
+        source: a run's folder, or a pretrained model.
+        step: the training step of the model.
+        prompt: text, in symbols of the model's vocabulary; token ids if the model has no vocabulary.
+        corpus: a text to analyse instead of the run's own data: a file, or any corpus that `text.documents` reads. It
+            is the only data of a pretrained model.
+        length: the number of tokens of the pieces that the text is cut into (`text.cut`).
+
+    Returns:
+        The subject.
+
+    Raises:
+        CheckpointError: if the model cannot be read.
+        ValueError: if the vocabulary cannot encode the prompt, or the model cannot walk it.
+        ConfigError, CorpusError: if the corpus or the length cannot be used.
     """
     if length is not None and corpus is None:
-        raise ConfigError(f"length: expected a text that is cut in pieces so long, got {length} and none.")
+        raise ConfigError(f"length: expected a text to cut into pieces of this length, got {length} and no text.")
     if pretrained.is_foreign(source):
-        subject = _foreign(source, step)
+        subject = _of_pretrained(source, step)
     else:
         subject = _of_run(source, step, own_data=corpus is None)
     model, vocabulary = subject.model, subject.vocabulary
@@ -161,7 +192,7 @@ def open_subject(
         if vocabulary is None:
             raise ConfigError(f"text: expected a model with its tokenizer, got {source}, which has none.")
         store = text.cut(corpus, vocabulary, model.max_length, length)
-        missing = {what: why for what, why in subject.missing.items() if what != "store"}
+        missing = {name: reason for name, reason in subject.missing.items() if name != "store"}
         remarks = {**subject.remarks, "text": corpus}
         subject = dataclasses.replace(subject, store=store, pieces=True, missing=missing, remarks=remarks)
     if prompt is not None:
@@ -170,7 +201,7 @@ def open_subject(
 
 
 def _encoded(prompt: str, model: Transformer, vocabulary: Any) -> Int[np.ndarray, " P"]:
-    """The begin-of-path token, if there is one, and the prompt. Where there is no vocabulary it is given as ids."""
+    """The encoded prompt after the begin-of-path token, if there is one. Without a vocabulary, it is token ids."""
     if vocabulary is None:
         try:
             tokens = np.array([int(word) for word in prompt.replace(",", " ").split()])
@@ -185,8 +216,8 @@ def _encoded(prompt: str, model: Transformer, vocabulary: Any) -> Int[np.ndarray
     return np.asarray(check_tokens(model, tokens))
 
 
-def _foreign(source: str | os.PathLike[str], step: int | Literal["latest", "best"]) -> Subject:
-    """A pretrained model, in its series of steps if there is one, and as it was at step 0, or might have been."""
+def _of_pretrained(source: str | os.PathLike[str], step: int | Literal["latest", "best"]) -> Subject:
+    """The subject of a pretrained model, with its series of training steps if it has one."""
     missing = {"store": "a pretrained model comes without its data: give a text, with --text"}
     try:
         steps = pretrained.series(source)
@@ -194,10 +225,10 @@ def _foreign(source: str | os.PathLike[str], step: int | Literal["latest", "best
         steps, missing["series"] = {}, str(error)
     model, vocabulary = pretrained.load(source, step=step)
 
-    def load_step(step: int) -> Transformer:  # by name, as a repository would be listed again for its number
+    def load_step(step: int) -> Transformer:  # by revision; loading by step number would list the repository again
         path = Path(source)
-        inside = path.exists()
-        return pretrained.load(path / steps[step] if inside else source, revision=None if inside else steps[step])[0]
+        local = path.exists()
+        return pretrained.load(path / steps[step] if local else source, revision=None if local else steps[step])[0]
 
     untrained, remarks = None, {}
     if 0 in steps:

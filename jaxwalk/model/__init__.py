@@ -1,4 +1,4 @@
-"""A model: layers of aggregates and filters, walked, decoded and built. The only room that composes."""
+"""Models: layers of aggregates and filters, their construction, their encoding walks and decoding."""
 
 from jaxwalk.model.build import astype, init, plain, resolve, resolved_layers, unrolled
 from jaxwalk.model.decoding import State, init_state, prefill, step

@@ -1,4 +1,4 @@
-"""Models from their configs, and the same model in another form: other dtype, no fused kernels, unrolled layers."""
+"""Models from configs, and conversions of a model: to another dtype, without fused kernels, with unrolled layers."""
 
 import dataclasses
 import functools
@@ -30,10 +30,14 @@ from jaxwalk.model.transformer import Transformer
 
 
 def init(config: ModelConfig, key: Key) -> Transformer:
-    """A model with fresh float32 parameters. The same config and key give the same model.
+    """A model with random float32 parameters, determined by the config and the key.
+
+    Args:
+        config: the options of the model.
+        key: a `jax.random` key.
 
     Raises:
-        ConfigError: for choices that do not fit each other, such as heads that do not divide the width.
+        ConfigError: if options are inconsistent, such as heads that do not divide the width.
     """
     return _init(config, key)
 
@@ -72,31 +76,33 @@ def _init(config: ModelConfig, key: Key) -> Transformer:
 
 
 def _init_layers(config: ModelConfig, key: Key) -> Layers:
-    """Fresh layers; those with the same choices are initialised by one vmapped program."""
-    groups: dict[Any, list[int]] = {}
-    for number, choice in enumerate(resolved_layers(config)):
-        groups.setdefault(choice, []).append(number)
+    """Initialise the layers. Those with equal options are initialised together, by vmap."""
+    by_options: dict[Any, list[int]] = {}
+    for layer_index, options in enumerate(resolved_layers(config)):
+        by_options.setdefault(options, []).append(layer_index)
     stacked = {
-        choice: jax.vmap(functools.partial(_init_layer, config, choice, key))(jnp.array(numbers, jnp.int32))
-        for choice, numbers in groups.items()
+        options: jax.vmap(functools.partial(_init_layer, config, options, key))(jnp.array(layer_indices, jnp.int32))
+        for options, layer_indices in by_options.items()
     }
-    if len(groups) == 1:
+    if len(by_options) == 1:
         return Layers((Block(tuple(stacked.values()), config.depth, (None,)),))
     layers: dict[int, Layer] = {}
-    for choice, numbers in groups.items():
-        for row, number in enumerate(numbers):
-            layers[number] = jax.tree.map(lambda a, row=row: a[row], stacked[choice])
-    return Layers.of([layers[number] for number in range(config.depth)])
+    for options, layer_indices in by_options.items():
+        for i, layer_index in enumerate(layer_indices):
+            layers[layer_index] = jax.tree.map(lambda a, i=i: a[i], stacked[options])
+    return Layers.of([layers[layer_index] for layer_index in range(config.depth)])
 
 
-def _init_layer(config: ModelConfig, choice: tuple[AggregateConfig, MLPConfig | None], key: Key, number: Any) -> Layer:
-    aggregate, filter = choice
-    key_aggregate, key_filter = jax.random.split(jax.random.fold_in(key, number))
+def _init_layer(
+    config: ModelConfig, options: tuple[AggregateConfig, MLPConfig | None], key: Key, layer_index: Any
+) -> Layer:
+    aggregate, filter = options
+    key_aggregate, key_filter = jax.random.split(jax.random.fold_in(key, layer_index))
     sandwich = config.placement == "sandwich"
     return Layer(
         aggregate_norm=_init_norm(config),
         aggregate=aggregate.init(
-            width=config.width, max_length=config.max_length, layer=number, depth=config.depth, key=key_aggregate
+            width=config.width, max_length=config.max_length, layer=layer_index, depth=config.depth, key=key_aggregate
         ),
         filter_norm=None if filter is None else _init_norm(config),
         filter=None if filter is None else _init_filter(filter, config, key_filter),
@@ -123,18 +129,18 @@ def _init_filter(config: MLPConfig, model: ModelConfig, key: Key) -> Filter:
 
 
 def resolved_layers(config: ModelConfig) -> list[tuple[AggregateConfig, MLPConfig | None]]:
-    """The aggregate and the filter of each layer: names looked up, tuples cycled."""
+    """The aggregate config and the filter config (or None) of each layer, with names looked up and tuples cycled."""
 
-    def cycled(choice: Any) -> list[Any]:
+    def cycle(choice: Any) -> list[Any]:
         choices = choice if isinstance(choice, tuple) else (choice,)
         return [choices[i % len(choices)] for i in range(config.depth)]
 
-    named = [aggregates.config(a) if isinstance(a, str) else a for a in cycled(config.aggregate)]
-    return list(zip(named, cycled(config.filter), strict=True))
+    aggregate_configs = [aggregates.config(a) if isinstance(a, str) else a for a in cycle(config.aggregate)]
+    return list(zip(aggregate_configs, cycle(config.filter), strict=True))
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
-    """`config` with every default written out, so that later defaults cannot alter this model."""
+    """`config` with every default made explicit, so that a change of defaults cannot alter the model."""
     layers = resolved_layers(config)
     return dataclasses.replace(
         config,
@@ -144,7 +150,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
 
 
 def astype(model: Transformer, dtype: Any) -> Transformer:
-    """`model` with parameters, and so computation, in `dtype`; reductions stay in at least float32."""
+    """Convert the parameters of `model`, and so its computation, to `dtype`. Reductions stay in at least float32."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     return model if {leaf.dtype for leaf in jax.tree.leaves(model)} <= {dtype} else _astype(model, dtype)
 
@@ -155,15 +161,15 @@ def _astype(model: Transformer, dtype: Any) -> Transformer:
 
 
 def plain(model: Transformer) -> Transformer:
-    """The same function without fused kernels: every derivative exists, forward mode included."""
-    without = lambda layer: dataclasses.replace(layer, aggregate=layer.aggregate.plain())
+    """An equivalent model without fused kernels, so that all derivatives exist, including forward mode."""
+    plain_layer = lambda layer: dataclasses.replace(layer, aggregate=layer.aggregate.plain())
     blocks = [
-        dataclasses.replace(block, period=tuple(without(layer) for layer in block.period))
+        dataclasses.replace(block, period=tuple(plain_layer(layer) for layer in block.period))
         for block in model.layers.blocks
     ]
     return dataclasses.replace(model, layers=Layers(tuple(blocks)))
 
 
 def unrolled(model: Transformer) -> Transformer:
-    """The same function compiled layer by layer, without a scan: faster on CPU, and longer to compile."""
+    """An equivalent model compiled layer by layer, without a scan: faster on CPU, but slower to compile."""
     return dataclasses.replace(model, layers=Layers.of(list(model.layers), unroll=True))

@@ -1,4 +1,4 @@
-"""Decoding: the same model one token at a time, with a memory in place of all inputs so far."""
+"""Decoding: running a model one token at a time, with the memory of its aggregates in place of past inputs."""
 
 import functools
 from typing import Any, NamedTuple
@@ -17,10 +17,13 @@ from jaxwalk.model.transformer import Transformer
 
 
 class State(NamedTuple):
-    """What decoding carries from token to token.
+    """The decoding state of a model.
 
-    memory: that of each layer, by block of the stack. position: how many tokens were taken. length: the most that may
-    be; the memory may have room for a few more. missing: whether a token was out of range, after which all is NaN.
+    Attributes:
+        memory: the memories of the aggregates, by block of the stack.
+        position: the number of tokens processed so far.
+        length: the maximum number of tokens. The capacity of the memory may be slightly larger.
+        missing: whether a token was out of range, after which all logits are NaN.
     """
 
     memory: ByBlock
@@ -30,41 +33,54 @@ class State(NamedTuple):
 
 
 def init_state(model: Transformer, length: int) -> State:
-    """The state before the first of at most `length` tokens. Raises ValueError for a length beyond max_length."""
+    """The decoding state before the first token.
+
+    Args:
+        model: the model.
+        length: the maximum number of tokens, at most max_length.
+
+    Raises:
+        ValueError: if `length` is not between 1 and max_length.
+    """
     _check_length(model, length)
-    return _init_state(model, np.int32(length), _room(model, length))
+    return _init_state(model, np.int32(length), _capacity(model, length))
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def _init_state(model: Transformer, length: Array, room: int) -> State:
-    return State(model.layers.init_memory(room), jnp.array(0, jnp.int32), length, jnp.array(False))
+@functools.partial(jax.jit, static_argnames="capacity")
+def _init_state(model: Transformer, length: Array, capacity: int) -> State:
+    return State(model.layers.init_memory(capacity), jnp.array(0, jnp.int32), length, jnp.array(False))
 
 
 def prefill(model: Transformer, tokens: Tokens, length: int) -> tuple[State, Float[Array, " V"]]:
-    """The state after a prompt [P], computed in parallel, and the logits [V] of the next token.
+    """Process a prompt in parallel.
 
     Args:
+        model: the model.
         tokens: [P], the prompt.
-        length: the most tokens, prompt included, that the state will see.
+        length: the maximum number of tokens, including the prompt, that the state can process.
+
+    Returns:
+        The state after the prompt, and the logits [V] of the next token. Traced ids that are out of range make the
+        logits NaN.
 
     Raises:
-        ValueError: for a prompt that is no path of the model, and a length that is not from P to max_length.
+        ValueError: if the prompt is not a path of the model, or `length` is not between P and max_length.
     """
     path = prepare(model, tokens)
     _check_length(model, length, path.length)
-    room = length if is_traced(model, path.tokens) else _room(model, length)
-    return _prefill(model, path.tokens, path.count, np.int32(length), room)
+    capacity = length if is_traced(model, path.tokens) else _capacity(model, length)
+    return _prefill(model, path.tokens, path.count, np.int32(length), capacity)
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def _prefill(model: Transformer, tokens: Array, count: Array, length: Array, room: int) -> tuple[State, Array]:
-    return prefilled(model, tokens, count, length, room)
+@functools.partial(jax.jit, static_argnames="capacity")
+def _prefill(model: Transformer, tokens: Array, count: Array, length: Array, capacity: int) -> tuple[State, Array]:
+    return prefilled(model, tokens, count, length, capacity)
 
 
 def prefilled(
-    model: Transformer, tokens: Int[Array, " P"], count: Any, length: Any, room: int
+    model: Transformer, tokens: Int[Array, " P"], count: Any, length: Any, capacity: int
 ) -> tuple[State, Float[Array, " V"]]:
-    """`prefill` of a checked prompt whose first `count` tokens are real, as part of another program."""
+    """`prefill` without checks, of the first `count` tokens, for use inside a compiled program."""
     documents = documents_of(None, len(tokens))
     padding = indices(len(tokens)) >= count
     tokens = jnp.where(padding, 0, tokens)
@@ -72,10 +88,10 @@ def prefilled(
     def body(layer: Layer, place: Place, x: Array, _: Any) -> tuple[Array, Any]:
         def combine(aggregate: Any, h: Array) -> tuple[Array, Any]:
             y, memory = aggregate.parallel(h, documents, count=count)
-            return y, aggregate.allocate(memory, room, count)
+            return y, aggregate.allocate(memory, capacity, count)
 
-        passed = layer(x, combine)
-        return passed.stations[1], passed.extra
+        output = layer(x, combine)
+        return output.stations[1], output.extra
 
     x, memory = model.layers.scan(body, model.embedded(tokens, documents))
     missing = (model.missing(tokens, documents) & ~padding).any()
@@ -85,15 +101,24 @@ def prefilled(
 
 
 def step(model: Transformer, state: State, token: Index) -> tuple[State, Float[Array, " V"]]:
-    """Take one token: the new state, and the logits [V] of the next token.
+    """Process one token.
+
+    Args:
+        model: the model.
+        state: the state before the token.
+        token: the id of the token.
+
+    Returns:
+        The state after the token, and the logits [V] of the next token. If the token is traced and out of range, or the
+        position is traced and beyond the state's length, these logits and all later ones are NaN.
 
     Raises:
-        ValueError: beyond the state's length, and for an id out of range. Traced ones give NaN, from there on.
+        ValueError: if the state has reached its length, or the id is out of range.
     """
     if not is_traced(state.position, state.length) and int(state.position) >= int(state.length):
         raise ValueError(
             f"state: expected room for another token, got one that has taken all {int(state.length)} it was made for. "
-            "Make it with a greater length, up to the model's max_length."
+            "Create it with a greater length, up to the model's max_length."
         )
     return _step(model, state, check_token(model, token))
 
@@ -104,9 +129,9 @@ def _step(model: Transformer, state: State, token: Array) -> tuple[State, Array]
 
 
 def stepped(model: Transformer, state: State, token: Int[Array, ""]) -> tuple[State, Float[Array, " V"]]:
-    """`step` of a checked token, as part of another program."""
+    """`step` without checks, for use inside a compiled program."""
     position = state.position
-    here = Documents(None, position[None])
+    documents = Documents(None, position[None])
     missing = state.missing | (position >= state.length) | model.out_of_range(token[None], position[None])[0]
 
     def body(layer: Layer, place: Place, x: Array, memory: Any) -> tuple[Array, Any]:
@@ -114,10 +139,10 @@ def stepped(model: Transformer, state: State, token: Int[Array, ""]) -> tuple[St
             after, y = aggregate.advance(memory, h[0], position)
             return y[None], after
 
-        passed = layer(x, combine)
-        return passed.stations[1], passed.extra
+        output = layer(x, combine)
+        return output.stations[1], output.extra
 
-    x, memory = model.layers.scan(body, model.embedded(token[None], here), state.memory)
+    x, memory = model.layers.scan(body, model.embedded(token[None], documents), state.memory)
     logits = model.logits(model.context(x[0]))
     return State(memory, position + 1, state.length, missing), jnp.where(missing, jnp.nan, logits)
 
@@ -129,6 +154,6 @@ def _check_length(model: Transformer, length: int, prompt: int = 0) -> None:
         )
 
 
-def _room(model: Transformer, length: int) -> int:
-    """The positions that memory is allocated for: the same for all lengths that paths are padded to one length."""
+def _capacity(model: Transformer, length: int) -> int:
+    """The number of positions that memory is allocated for: padded, like paths, so that programs are reused."""
     return padded_length(length, model.max_length)

@@ -1,4 +1,4 @@
-"""The layers of a model, stored as they are walked: stacked, so that one compiled layer is scanned over all of them."""
+"""The layers of a model, stored stacked, so that a scan compiles a single layer for all that are alike."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,17 @@ from jaxwalk.model.layer import Layer
 
 Carry = TypeVar("Carry")
 ByBlock = Any
-"""Per-layer data as the stack stores it: for each block, a tuple over its period of pytrees with leaves [n, ...]."""
+"""Per-layer data by block: for each block, a tuple over the members of its period of pytrees with leaves [n, ...]."""
 
 
 class Place(NamedTuple):
-    """Where a layer is: the block, the member of its period, and the repetition, which is traced inside a scan."""
+    """The place of a layer in the stack.
+
+    Attributes:
+        block: the index of its block.
+        member: its index in the period of the block.
+        repetition: the repetition of the period; traced inside a scan.
+    """
 
     block: int
     member: int
@@ -29,10 +35,13 @@ class Place(NamedTuple):
 
 @module
 class Block(nnx.Module):
-    """A period of layers that is repeated n times: each leaf is [n, ...], over the repetitions.
+    """A period of layers that is repeated n times. Leaves are [n, ...].
 
-    varying: for each member of the period, the values of its aggregate's `varying` fields in each repetition, or None
-        where all repetitions have the same.
+    Attributes:
+        period: the layers of the period, each stacked over the repetitions.
+        repeats: n.
+        varying: for each member of the period, the values of its aggregate's `varying` fields in each repetition, or
+            None if they are equal in all repetitions.
     """
 
     period: tuple[Layer, ...] = nnx.data()
@@ -42,39 +51,41 @@ class Block(nnx.Module):
     def __len__(self) -> int:
         return len(self.period) * self.repeats
 
-    def layer(self, member: int, index: int) -> Layer:
-        """One layer by itself. Leaves may be arrays or ShapeDtypeStructs."""
-        layer, varying = jax.tree.map(lambda leaf: _entry(leaf, index), self.period[member]), self.varying[member]
-        return layer if varying is None else _with_varying(layer, varying[index])
+    def layer(self, member: int, repetition: int) -> Layer:
+        """A single layer. Leaves may be arrays or ShapeDtypeStructs."""
+        layer, varying = jax.tree.map(lambda leaf: _entry(leaf, repetition), self.period[member]), self.varying[member]
+        return layer if varying is None else _with_varying(layer, varying[repetition])
 
     def settings(self) -> tuple[Any, ...]:
-        """The varying fields of each member as arrays with the repetitions as first axis; None where all are alike."""
+        """The varying fields of each member as arrays [n, ...]; None if they are equal in all repetitions."""
 
-        def one(member: int) -> Any:
+        def member_setting(member: int) -> Any:
             values = self.varying[member]
             if values is None:
                 return None
             layers = [_with_varying(self.period[member], value) for value in values]
             return jax.tree.map(lambda *a: jnp.stack(a), *(layer.aggregate.setting() for layer in layers))
 
-        return tuple(one(member) for member in range(len(self.period)))
+        return tuple(member_setting(member) for member in range(len(self.period)))
 
 
 @module
 class Layers(nnx.Module):
-    """The layers of a model, a sequence of `Layer`s that is stored in blocks.
+    """The layers of a model: an immutable sequence of `Layer`s, stored in blocks.
 
-    `layers[3]` is one layer, `len(layers)` the depth. To change layers, make new ones: `Layers.of([*layers[:3],
-    other])`.
+    `layers[3]` is a layer and `len(layers)` the depth. To change layers, create a new sequence, such as
+    `Layers.of([*layers[:3], other])`.
     """
 
     blocks: tuple[Block, ...] = nnx.data()
 
     @staticmethod
     def of(layers: Sequence[Layer], *, unroll: bool = False) -> "Layers":
-        """The layers, stacked over the shortest periods of layers alike in structure and shapes.
+        """Stack layers into blocks of repeated periods, whose layers are equal in structure and shapes.
 
-        With `unroll` each is a block of its own, so that a walk is compiled layer by layer.
+        Args:
+            layers: the layers, in order.
+            unroll: whether to make a separate block for each layer, so that a walk is compiled layer by layer.
         """
         layers = list(layers)
         runs = [(1, 1)] * len(layers) if unroll else repetitions([_kind(layer) for layer in layers])
@@ -89,33 +100,37 @@ class Layers(nnx.Module):
         return sum(len(block) for block in self.blocks)
 
     @overload
-    def __getitem__(self, number: int) -> Layer: ...
+    def __getitem__(self, index: int) -> Layer: ...
 
     @overload
-    def __getitem__(self, number: slice) -> tuple[Layer, ...]: ...
+    def __getitem__(self, index: slice) -> tuple[Layer, ...]: ...
 
-    def __getitem__(self, number: int | slice) -> Layer | tuple[Layer, ...]:
-        if isinstance(number, slice):
-            return tuple(self[i] for i in range(*number.indices(len(self))))
-        place = self.place(number)
+    def __getitem__(self, index: int | slice) -> Layer | tuple[Layer, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        place = self.place(index)
         return self.blocks[place.block].layer(place.member, int(place.repetition))
 
     def __iter__(self) -> Iterator[Layer]:
-        return (self[number] for number in range(len(self)))
+        return (self[i] for i in range(len(self)))
 
-    def place(self, number: int) -> Place:
-        """Where layer `number` is. Raises IndexError if there is none."""
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"layer: expected one from 0 to {len(self) - 1}, got {number}.")
-        number, block = number % len(self), 0
-        while number >= len(self.blocks[block]):
-            number -= len(self.blocks[block])
+    def place(self, index: int) -> Place:
+        """The place of a layer. Negative indices count from the end.
+
+        Raises:
+            IndexError: if there is no such layer.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"layer: expected one from 0 to {len(self) - 1}, got {index}.")
+        remaining, block = index % len(self), 0
+        while remaining >= len(self.blocks[block]):
+            remaining -= len(self.blocks[block])
             block += 1
-        index, member = divmod(number, len(self.blocks[block].period))
-        return Place(block, member, index)
+        repetition, member = divmod(remaining, len(self.blocks[block].period))
+        return Place(block, member, repetition)
 
     def at(self, place: Place) -> Layer:
-        """The layer at a place whose index may be traced. Inside a compiled program this copies one layer."""
+        """The layer at a place whose repetition may be traced. Inside a compiled program, this copies the layer."""
         block = self.blocks[place.block]
         layer, setting = jax.tree.map(
             lambda a: a[place.repetition], (block.period[place.member], block.settings()[place.member])
@@ -133,7 +148,7 @@ class Layers(nnx.Module):
         return Layers((*blocks, *Layers.of(rest).blocks))
 
     def init_memory(self, length: int) -> ByBlock:
-        """The decoding memory of every layer before the first of at most `length` positions."""
+        """The decoding memories of all layers before the first of at most `length` positions."""
         init = jax.vmap(lambda layer: layer.aggregate.init_memory(length))
         return tuple(
             tuple(init(layer) if jax.tree.leaves(jax.eval_shape(init, layer)) else () for layer in block.period)
@@ -141,16 +156,16 @@ class Layers(nnx.Module):
         )
 
     def split(self, tree: Any) -> ByBlock:
-        """Leaves [L, ...], with layers as their first axis, by block."""
+        """Convert a pytree with leaves [L, ...], in the order of the layers, to per-layer data by block."""
         parts, start = [], 0
         for block in self.blocks:
             p, n = len(block.period), block.repeats
 
-            def member(a: Any, m: int, start: int = start, p: int = p, n: int = n) -> Any:
+            def of_member(a: Any, m: int, start: int = start, p: int = p, n: int = n) -> Any:
                 part = a if n * p == len(a) else a[start : start + n * p]
                 return part.reshape(n, p, *part.shape[1:])[:, m] if p > 1 else part
 
-            parts.append(tuple(jax.tree.map(lambda a, m=m: member(a, m), tree) for m in range(p)))
+            parts.append(tuple(jax.tree.map(lambda a, m=m: of_member(a, m), tree) for m in range(p)))
             start += len(block)
         return tuple(parts)
 
@@ -172,14 +187,14 @@ class Layers(nnx.Module):
         remat: bool = False,
         reverse: bool = False,
     ) -> tuple[Carry, ByBlock]:
-        """`body(layer, place, carry, x) -> (carry, y)` through all layers, in order.
+        """Apply `body(layer, place, carry, x) -> (carry, y)` to all layers, in order.
 
         Args:
-            body: called once for each member of each block while tracing.
+            body: the function, which is traced once for each member of each block.
             carry: what is passed from layer to layer.
             by_block: per-layer inputs x, as `split` returns them.
             remat: whether to recompute each period in the backward pass.
-            reverse: from the last layer to the first.
+            reverse: whether to go from the last layer to the first.
 
         Returns:
             The last carry, and the outputs y by block.
@@ -191,27 +206,27 @@ class Layers(nnx.Module):
             members = range(len(block.period))
 
             def step(carry: Any, args: Any, b: int = b, members: range = members) -> tuple[Any, Any]:
-                layers, settings, xs, index = args
+                layers, settings, xs, repetition = args
                 ys: list[Any] = [None] * len(members)
                 for m in reversed(members) if reverse else members:
                     layer = _with_setting(layers[m], settings[m])
-                    carry, ys[m] = body(layer, Place(b, m, index), carry, xs[m])
+                    carry, ys[m] = body(layer, Place(b, m, repetition), carry, xs[m])
                 return carry, tuple(ys)
 
-            run = jax.checkpoint(step) if remat else step
+            period_step = jax.checkpoint(step) if remat else step
             xs = (None,) * len(members) if by_block is None else by_block[b]
             if block.repeats == 1:
                 first = jax.tree.map(lambda a: a[0], (block.period, block.settings(), xs))
-                carry, ys = run(carry, (*first, 0))
+                carry, ys = period_step(carry, (*first, 0))
                 outputs[b] = jax.tree.map(lambda y: y[None], ys)
             else:
                 args = (block.period, block.settings(), xs, indices(block.repeats))
-                carry, outputs[b] = lax.scan(run, carry, args, reverse=reverse)
+                carry, outputs[b] = lax.scan(period_step, carry, args, reverse=reverse)
         return carry, tuple(outputs)
 
 
 def repetitions(kinds: Sequence[Any]) -> list[tuple[int, int]]:
-    """Consecutive runs (period, repeats) that cover `kinds`, found greedily: each saves the most layers it can."""
+    """Partition `kinds` into consecutive runs (period, repeats), greedily: each run saves the most layers it can."""
     runs, start = [], 0
     while start < len(kinds):
         rest, best = kinds[start:], (1, 1)
@@ -227,7 +242,7 @@ def repetitions(kinds: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def _entry(leaf: Any, index: int) -> Any:
-    """One entry of a stacked leaf."""
+    """Entry `index` of a stacked leaf."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         sharding = leaf.sharding
         if isinstance(sharding, jax.sharding.NamedSharding):
@@ -250,7 +265,7 @@ def _with_varying(layer: Layer, values: tuple[Any, ...]) -> Layer:
 
 
 def _with_setting(layer: Layer, setting: Any) -> Layer:
-    """The layer with its aggregate's varying fields given as arrays, if they are."""
+    """The layer with the varying fields of its aggregate replaced by arrays, unless `setting` is None."""
     if setting is None:
         return layer
     aggregate: Any = layer.aggregate
@@ -258,13 +273,13 @@ def _with_setting(layer: Layer, setting: Any) -> Layer:
 
 
 def _kind(layer: Layer) -> Any:
-    """What layers must have in common to be stacked: everything but the values of arrays and of varying fields."""
-    alike = _with_varying(layer, tuple(layer.aggregate.varying.values()))
-    return jax.tree.structure(alike), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(layer))
+    """What stacked layers must have in common: everything except the values of arrays and of varying fields."""
+    neutral = _with_varying(layer, tuple(layer.aggregate.varying.values()))
+    return jax.tree.structure(neutral), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(layer))
 
 
 def _block(members: Sequence[Sequence[Layer]]) -> Block:
-    """The block whose member m of repetition r is members[m][r]."""
+    """The block in which member m of repetition r is members[m][r]."""
     period, varying = [], []
     for layers in members:
         values = tuple(_varying(layer) for layer in layers)

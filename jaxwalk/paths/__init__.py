@@ -1,6 +1,7 @@
 """Paths through embedding space: their probabilities, sampling, exact search, entropies and events.
 
-Every function takes one path and is batched with `jax.vmap`. All logarithms are natural: probabilities are in nats.
+Every function takes a single path or prompt; batch with `jax.vmap`. Logarithms are natural, so log-probabilities and
+entropies are in nats.
 """
 
 from jaxwalk.paths.estimates import (

@@ -1,4 +1,4 @@
-"""Entropies of the law of paths, and probabilities of events: exact by enumeration where possible, else estimated."""
+"""Entropy of the law of paths and probabilities of events: exact by enumeration where feasible, otherwise estimated."""
 
 import dataclasses
 import functools
@@ -20,15 +20,20 @@ from jaxwalk.paths.law import entropy, laws, scores
 from jaxwalk.paths.sampling import Proposal, Tilt, check_ids, check_prompt, room_for, sampled
 
 ENUMERABLE = 1 << 16
-"""How many continuations are enumerated, where exactness is possible, before estimates take over."""
+"""The largest number of continuations that is enumerated. Beyond it, quantities are estimated from samples."""
 
 Event = Callable[[Int[Array, " steps"]], Bool[Array, ""]]
+"""A traceable function of the tokens of a continuation."""
 
 
 class Estimate(NamedTuple):
-    """A number, its standard error, and how many samples it is worth; an exact number has error 0 and inf samples.
+    """A value with its standard error and effective sample size.
 
-    effective_samples: (sum of weights)^2 / sum of their squares: fewer than were drawn if these follow another law.
+    Attributes:
+        value: [].
+        standard_error: [], 0 for an exact value.
+        effective_samples: [], the effective sample size (sum of weights)^2 / (sum of squared weights); infinite for an
+            exact value. It is smaller than the number of samples if a proposal was used.
     """
 
     value: Float[Array, ""]
@@ -38,32 +43,45 @@ class Estimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Visits:
-    """The event that a walk visits one of the token `ids`."""
+    """The event that a walk visits one of several tokens.
+
+    Attributes:
+        ids: the token ids.
+    """
 
     ids: tuple[int, ...]
 
     def __call__(self, tokens: Int[Array, " steps"]) -> Bool[Array, ""]:
-        """Whether one of `tokens` is among the ids."""
+        """Whether any of `tokens` is among the ids."""
         return jnp.isin(tokens, np.array(self.ids, np.int32)).any()
 
 
 def visits(ids: Sequence[int] | int) -> Visits:
-    """The event that a walk visits one of the token `ids`, for `event_probability`, which checks them."""
+    """The event that a walk visits one of the token `ids`. `event_probability` checks them against the vocabulary."""
     return Visits(tuple(int(i) for i in np.atleast_1d(np.asarray(ids))))
 
 
 def continuations(vocab_size: int, steps: int) -> Int[np.ndarray, "N steps"]:
-    """All V^steps token sequences, in lexicographic order."""
+    """All V^steps token sequences in lexicographic order."""
     return np.array(list(itertools.product(range(vocab_size), repeat=steps)), np.int32).reshape(-1, steps)
 
 
 def enumerated_log_probs(
     model: Transformer, prompt: Tokens, steps: int, *, batch: int = 256
 ) -> tuple[Int[Array, "N steps"], Float[Array, " N"]]:
-    """Every continuation of `prompt` by `steps` tokens, and its exact log-probability in nats. N = V^steps.
+    """Every continuation of `prompt` by `steps` tokens with its exact log-probability.
+
+    Args:
+        model: the model.
+        prompt: [P], at least one token.
+        steps: the length of the continuations.
+        batch: the number of continuations that are scored at a time.
+
+    Returns:
+        The continuations [N, steps] in lexicographic order and their log-probabilities [N] in nats, N = V^steps.
 
     Raises:
-        ValueError: if there are more than `ENUMERABLE`, or the prompt leaves no room for them.
+        ValueError: if V^steps exceeds `ENUMERABLE`, or the prompt leaves no room for `steps` tokens.
     """
     path = check_prompt(model, prompt, steps)
     if not _enumerable(model, steps):
@@ -71,8 +89,8 @@ def enumerated_log_probs(
             f"steps: expected V^steps <= {ENUMERABLE}, got {model.vocab_size}^{steps}. "
             "Sample (sample_paths), or search (top_paths)."
         )
-    after = jax.device_put(continuations(model.vocab_size, steps))
-    return after, _enumerated(*_arguments(model, path, steps), after, batch=batch)
+    rows = jax.device_put(continuations(model.vocab_size, steps))
+    return rows, _enumerated(*_arguments(model, path, steps), rows, batch=batch)
 
 
 def path_entropy(
@@ -86,26 +104,30 @@ def path_entropy(
 ) -> Estimate:
     """Entropy of the law of the next `steps` tokens after `prompt`, in nats; its exp is the effective number of paths.
 
-    Exact, by enumeration, when V^steps <= `ENUMERABLE`. Otherwise a Monte Carlo estimate with its standard error: the
-    mean over sampled paths of the summed entropies of their steps, whose expectation is the entropy by the chain rule
-    and which varies less than -log P.
+    Exact, by enumeration, when V^steps <= `ENUMERABLE`. Otherwise a Monte Carlo estimate: the mean over sampled paths
+    of the sum of their next-token entropies. By the chain rule its expectation is the entropy of paths, and it varies
+    less than -log P.
 
     Args:
         model: the model.
         prompt: [P], at least one token.
         steps: the length of the continuations.
-        key: a `jax.random` key, needed for an estimate.
-        samples: how many paths are sampled for it.
-        proposal: as in `event_probability`.
+        key: a `jax.random` key, required for an estimate.
+        samples: the number of paths to sample for an estimate.
+        proposal: the law to sample from, as in `event_probability`.
+
+    Returns:
+        The entropy with its standard error.
 
     Raises:
-        ValueError: for a prompt that leaves no room for `steps` tokens, and a missing key.
+        ValueError: if the prompt leaves no room for `steps` tokens, the key is missing, or the ids of a `Tilt` are out
+            of range.
     """
     path = check_prompt(model, prompt, steps)
     _check_proposal(model, proposal)
     if _enumerable(model, steps):
-        after = continuations(model.vocab_size, steps)
-        return _enumerated_entropy(*_arguments(model, path, steps), after)
+        rows = continuations(model.vocab_size, steps)
+        return _enumerated_entropy(*_arguments(model, path, steps), rows)
     _check_samples(model, key, steps, samples)
     sampling = _Sampling(room_for(model, path, steps), steps, samples, proposal)
     return _sampled_entropy(*_arguments(model, path, steps), key, sampling=sampling)
@@ -123,39 +145,42 @@ def event_probability(
 ) -> Estimate:
     """Probability that `event(tokens [steps])` is true of the next `steps` tokens after `prompt`.
 
-    Exact, by enumeration, when V^steps <= `ENUMERABLE`. Otherwise the share of `samples` sampled paths, with its
-    standard error (where no path or every path is in the event, and the usual error would be 0, that of one more path
-    on the other side).
+    Exact, by enumeration, when V^steps <= `ENUMERABLE`. Otherwise the fraction of sampled paths in the event. If none
+    or all of them are, for which the usual standard error would be 0, the error is that of one more path on the other
+    side.
 
     Args:
         model: the model.
         prompt: [P], at least one token.
         steps: the length of the continuations.
-        event: a traceable function, as in `visits(ids)`. It is part of the compiled program: pass the same object, or
-            an equal one, to reuse it.
-        key: a `jax.random` key, needed for an estimate.
-        samples: how many paths are sampled for it.
-        proposal: for rare events, samples another law, such as `Tilt(ids, nats)`, and weighs each path by how much
-            likelier it is under the model (importance sampling). Look at `effective_samples`: a proposal that seldom
-            goes where the model does has few.
+        event: a traceable function such as `visits(ids)`. It is static in the compiled program: pass the same object,
+            or an equal one, to avoid recompilation.
+        key: a `jax.random` key, required for an estimate.
+        samples: the number of paths to sample for an estimate.
+        proposal: another law to sample from when the event is rare, such as `Tilt(ids, nats)`. Each path is weighted by
+            its probability under the model relative to the proposal (importance sampling). Check `effective_samples`:
+            it is small if the proposal rarely goes where the model does.
+
+    Returns:
+        The probability with its standard error.
 
     Raises:
-        ValueError: for a prompt that leaves no room for `steps` tokens, a missing key, and ids out of range.
+        ValueError: if the prompt leaves no room for `steps` tokens, the key is missing, or token ids are out of range.
     """
     path = check_prompt(model, prompt, steps)
     if isinstance(event, Visits):
         check_ids("visits", event.ids, model.vocab_size)
     _check_proposal(model, proposal)
     if _enumerable(model, steps):
-        after = continuations(model.vocab_size, steps)
-        return _enumerated_event(*_arguments(model, path, steps), after, event=event)
+        rows = continuations(model.vocab_size, steps)
+        return _enumerated_event(*_arguments(model, path, steps), rows, event=event)
     _check_samples(model, key, steps, samples)
     sampling = _Sampling(room_for(model, path, steps), steps, samples, proposal)
     return _sampled_event(*_arguments(model, path, steps), key, event=event, sampling=sampling)
 
 
 class _Sampling(NamedTuple):
-    """The static choices of an estimate: room for memory, length and number of paths, and the proposal."""
+    """The static arguments of an estimate; `room` is the number of positions to allocate memory for."""
 
     room: int
     steps: int
@@ -183,76 +208,77 @@ def _check_samples(model: Transformer, key: Key | None, steps: int, samples: int
 
 
 def _arguments(model: Transformer, path: Path, steps: int) -> tuple[Transformer, Any, Any]:
-    """The model, the prompt with room for `steps` tokens after it, and its length."""
+    """The model, the prompt padded to hold `steps` more tokens, and the length of the prompt."""
     if is_traced(model, path.tokens):
         return model, jnp.concatenate([path.tokens, jnp.zeros(steps, jnp.int32)]), path.length
-    longest = padded_length(path.length + steps, model.max_length + 1)
-    return model, np.pad(path.tokens[: path.length], (0, longest - path.length)), path.count
+    size = padded_length(path.length + steps, model.max_length + 1)
+    return model, np.pad(path.tokens[: path.length], (0, size - path.length)), path.count
 
 
-def _joined(prompt: Array, count: Any, after: Array) -> Array:
-    """The prompt's first `count` tokens and those after it, in the prompt's array."""
-    return jax.lax.dynamic_update_slice(prompt, after.astype(prompt.dtype), (count,))
+def _appended(prompt: Array, count: Any, continuation: Array) -> Array:
+    """The first `count` tokens of `prompt` followed by `continuation`, in an array of the same size."""
+    return jax.lax.dynamic_update_slice(prompt, continuation.astype(prompt.dtype), (count,))
 
 
-def _scores(model: Transformer, prompt: Array, count: Any, after: Array, batch: int) -> Array:
-    """log P(row | prompt) for each row of `after`."""
+def _log_probs(model: Transformer, prompt: Array, count: Any, rows: Array, batch: int) -> Array:
+    """log P(row | prompt) for each row of `rows`, in nats."""
 
     def score(row: Array) -> Array:
-        return scores(model, _joined(prompt, count, row), count, count + len(row)).sum()
+        return scores(model, _appended(prompt, count, row), count, count + len(row)).sum()
 
-    return map_in_batches(score, after, batch)
+    return map_in_batches(score, rows, batch)
 
 
 @functools.partial(jax.jit, static_argnames="batch")
-def _enumerated(model: Transformer, prompt: Array, count: Array, after: Array, *, batch: int) -> Array:
-    return _scores(model, prompt, count, after, batch)
+def _enumerated(model: Transformer, prompt: Array, count: Array, rows: Array, *, batch: int) -> Array:
+    return _log_probs(model, prompt, count, rows, batch)
 
 
 @jax.jit
-def _enumerated_entropy(model: Transformer, prompt: Array, count: Array, after: Array) -> Estimate:
-    return _exact(entropy(_scores(model, prompt, count, after, 256)))
+def _enumerated_entropy(model: Transformer, prompt: Array, count: Array, rows: Array) -> Estimate:
+    return _exact_estimate(entropy(_log_probs(model, prompt, count, rows, 256)))
 
 
 @functools.partial(jax.jit, static_argnames="event")
-def _enumerated_event(model: Transformer, prompt: Array, count: Array, after: Array, *, event: Event) -> Estimate:
-    log_probs = _scores(model, prompt, count, after, 256)
-    return _exact(jnp.where(jax.vmap(event)(after), jnp.exp(log_probs), 0).sum())
+def _enumerated_event(model: Transformer, prompt: Array, count: Array, rows: Array, *, event: Event) -> Estimate:
+    log_probs = _log_probs(model, prompt, count, rows, 256)
+    return _exact_estimate(jnp.where(jax.vmap(event)(rows), jnp.exp(log_probs), 0).sum())
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
 def _sampled_entropy(model: Transformer, prompt: Array, count: Array, key: Key, *, sampling: _Sampling) -> Estimate:
-    after, weights = _weighted(model, prompt, count, key, sampling)
+    rows, weights = _sample_weighted(model, prompt, count, key, sampling)
 
     def summed_entropies(row: Array) -> Array:
-        path = _joined(prompt, count, row)[:-1]
+        path = _appended(prompt, count, row)[:-1]
         position = indices(len(path))
         counted = (position >= count - 1) & (position < count - 1 + len(row))
         return jnp.sum(jnp.where(counted, entropy(laws(model, path)), 0))
 
-    values = weights * map_in_batches(summed_entropies, after, 64)
-    return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(sampling.samples), _effective(weights))
+    values = weights * map_in_batches(summed_entropies, rows, 64)
+    return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(sampling.samples), _effective_samples(weights))
 
 
 @functools.partial(jax.jit, static_argnames=("event", "sampling"))
 def _sampled_event(
     model: Transformer, prompt: Array, count: Array, key: Key, *, event: Event, sampling: _Sampling
 ) -> Estimate:
-    after, weights = _weighted(model, prompt, count, key, sampling)
-    samples, happened = sampling.samples, jax.vmap(event)(after)
-    value = jnp.where(happened, weights, 0).mean()
+    rows, weights = _sample_weighted(model, prompt, count, key, sampling)
+    samples, in_event = sampling.samples, jax.vmap(event)(rows)
+    value = jnp.where(in_event, weights, 0).mean()
     if sampling.proposal is None:
         smoothed = jnp.clip(value, 1 / (samples + 1), samples / (samples + 1))
-        return Estimate(value, jnp.sqrt(smoothed * (1 - smoothed) / samples), _effective(weights))
-    one_more = jnp.where(happened.any(), 0, weights.max() ** 2)
-    squares = jnp.sum((jnp.where(happened, weights, 0) - value) ** 2) + one_more
-    return Estimate(value, jnp.sqrt(squares) / samples, _effective(weights))
+        return Estimate(value, jnp.sqrt(smoothed * (1 - smoothed) / samples), _effective_samples(weights))
+    # With no path in the event, count one of the largest weight, so that the error is not 0.
+    one_more = jnp.where(in_event.any(), 0, weights.max() ** 2)
+    squares = jnp.sum((jnp.where(in_event, weights, 0) - value) ** 2) + one_more
+    return Estimate(value, jnp.sqrt(squares) / samples, _effective_samples(weights))
 
 
-def _weighted(
+def _sample_weighted(
     model: Transformer, prompt: Array, count: Any, key: Key, sampling: _Sampling
 ) -> tuple[Int[Array, "n steps"], Float[Array, " n"]]:
-    """Sampled paths and their weights, P / Q."""
+    """Sampled continuations and their importance weights P / Q."""
     room, steps, samples, proposal = sampling
     paths, log_proposed = sampled(
         model, prompt[:room], count, key, room=room, steps=steps, n=samples, proposal=proposal
@@ -260,9 +286,9 @@ def _weighted(
     return paths.tokens, jnp.exp(paths.log_probs - log_proposed)
 
 
-def _effective(weights: Float[Array, " n"]) -> Float[Array, ""]:
+def _effective_samples(weights: Float[Array, " n"]) -> Float[Array, ""]:
     return weights.sum() ** 2 / (weights**2).sum()
 
 
-def _exact(value: Float[Array, ""]) -> Estimate:
+def _exact_estimate(value: Float[Array, ""]) -> Estimate:
     return Estimate(value, jnp.zeros_like(value), jnp.full_like(value, jnp.inf))

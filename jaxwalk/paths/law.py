@@ -1,4 +1,4 @@
-"""The law of the next token, and the probability of a path."""
+"""The law of the next token and the probability of a path."""
 
 import functools
 from collections.abc import Mapping
@@ -16,18 +16,18 @@ from jaxwalk.model.transformer import Patch, Transformer, check_mixing, checked_
 
 
 def next_log_probs(model: Transformer, tokens: Tokens, segments: Segments | None = None) -> Float[Array, "T V"]:
-    """log p(v | v_1..v_t) at every position t of one path, in nats.
+    """Log-probabilities log p(v | v_1..v_t) of the next token at every position t of a path, in nats.
 
     Args:
         model: the model.
-        tokens: [T], the path. From a traced id that is out of range on, the result is NaN.
+        tokens: [T], the path. A traced id that is out of range makes the result NaN from its position on.
         segments: [T], the document of each position: see `Transformer.walk`.
 
     Returns:
         [T, V].
 
     Raises:
-        ValueError: for tokens that are no path of the model.
+        ValueError: if `tokens` is not a path of the model.
     """
     path = prepare(model, tokens, segments)
     return path.cut(_next_log_probs(model, path.tokens, path.segments))
@@ -39,7 +39,7 @@ def _next_log_probs(model: Transformer, tokens: Array, segments: Array | None) -
 
 
 def laws(model: Transformer, tokens: Int[Array, " T"], segments: Int[Array, " T"] | None = None) -> Float[Array, "T V"]:
-    """`next_log_probs` of a checked path, as part of another program."""
+    """`next_log_probs` without checks, for use inside a compiled program."""
     return jax.nn.log_softmax(jax.vmap(model.logits)(model.contexts(tokens, segments)))
 
 
@@ -54,24 +54,27 @@ def path_log_prob(
     vectors: Float[Array, "T D"] | None = None,
     mixing: Mapping[int, Mixing] | None = None,
 ) -> Float[Array, ""]:
-    """log P(v_1..v_T | the first `given` tokens) in nats: the sum of the log-probabilities of the steps after them.
+    """Log-probability log P(v_1..v_T | the first `given` tokens) of a path, in nats.
+
+    It is the sum of the log-probabilities of the steps after the given tokens.
 
     Args:
         model: the model.
         tokens: [T], the path. The last token is scored but not walked, so T may be max_length + 1.
-        given: at least 1, as a model has no law for the first token (a begin-of-path token is a given one).
+        given: the number of leading tokens that are conditioned on, at least 1: a model has no law for the first token.
+            A begin-of-path token counts as given.
         nudge: [S, T, D], added at each station of the walk.
-        segments: [T], the document of each position. Steps into padding (0) or across a border are not scored.
-        patch, vectors, mixing: the interventions of `Transformer.walk`, over all T positions; a function in `mixing`
-            is called with the matrix [G, T-1, T-1] of the positions that are walked.
+        segments: [T], the document of each position. Steps into padding (segment 0) or across documents are not scored.
+        patch, vectors, mixing: the interventions of `Transformer.walk`, over all T positions. A function in `mixing`
+            receives the matrix [G, T-1, T-1] of the positions that are walked.
 
     Returns:
-        [], at most 0; NaN for traced tokens or a traced `given` out of range.
+        [], at most 0. NaN if traced tokens or a traced `given` are out of range.
 
     Raises:
-        ValueError: for tokens that are no path of the model, a `given` that is not from 1 to T, and wrong shapes.
+        ValueError: if `tokens` is not a path of the model, `given` is not between 1 and T, or a shape is wrong.
     """
-    return _scored(_sum_of_steps, model, tokens, given, nudge, segments, patch, vectors, mixing)[0]
+    return _scored(_path_log_prob, model, tokens, given, nudge, segments, patch, vectors, mixing)[0]
 
 
 def step_log_probs(
@@ -85,11 +88,11 @@ def step_log_probs(
     vectors: Float[Array, "T D"] | None = None,
     mixing: Mapping[int, Mixing] | None = None,
 ) -> Float[Array, " N"]:
-    """The N = T - 1 terms of `path_log_prob`: entry t is log p(v_{t+2} | v_1..v_{t+1}), 0 if it is not scored.
+    """The N = T - 1 terms of `path_log_prob`: entry t is log p(v_{t+2} | v_1..v_{t+1}), or 0 where it is not scored.
 
-    Arguments and errors are those of `path_log_prob`.
+    Takes the arguments of `path_log_prob` and raises the same errors.
     """
-    terms, length = _scored(_steps, model, tokens, given, nudge, segments, patch, vectors, mixing)
+    terms, length = _scored(_step_log_probs, model, tokens, given, nudge, segments, patch, vectors, mixing)
     return cut(terms, length - 1)
 
 
@@ -104,7 +107,7 @@ def _scored(
     vectors: Any,
     mixing: Mapping[int, Mixing] | None,
 ) -> tuple[Array, int]:
-    """What `program` makes of the checked and padded arguments, and the length of the path."""
+    """Run `program` on the checked and padded arguments; also return the length of the path."""
     mixing = dict(mixing or {})
     exact = any(callable(A) for A in mixing.values())  # a function of a matrix must see its true size
     path = prepare(model, tokens, segments, nudge, patch, vectors, mixing, longest=model.max_length + 1, exact=exact)
@@ -113,21 +116,21 @@ def _scored(
     edits = checked_interventions(model, T, nudge, patch)
     check_shape("vectors", vectors, (T, model.width))
     check_mixing(model, T, mixing, ())
-    altered, functions = None, Functions()
+    overrides, functions = None, Functions()
     if nudge is not None or patch is not None or vectors is not None or mixing:
         padded = {n: A if callable(A) else path.pad(path.pad(A, 1), 2)[:, :-1, :-1] for n, A in mixing.items()}
         matrices, functions = plan(model.layers, padded, ())
-        altered = jax.tree.map(lambda a: path.pad(a, 1), edits), path.pad(vectors), matrices
-    return program(model, path.tokens, given, path.count, path.segments, altered, functions=functions), T
+        overrides = jax.tree.map(lambda a: path.pad(a, 1), edits), path.pad(vectors), matrices
+    return program(model, path.tokens, given, path.count, path.segments, overrides, functions=functions), T
 
 
 @functools.partial(jax.jit, static_argnames="functions")
-def _sum_of_steps(*args: Any, functions: Functions) -> Array:
+def _path_log_prob(*args: Any, functions: Functions) -> Array:
     return scores(*args, functions=functions).sum()
 
 
 @functools.partial(jax.jit, static_argnames="functions")
-def _steps(*args: Any, functions: Functions) -> Array:
+def _step_log_probs(*args: Any, functions: Functions) -> Array:
     return scores(*args, functions=functions)
 
 
@@ -137,22 +140,29 @@ def scores(
     given: Any = 1,
     count: Any = None,
     segments: Int[Array, " T"] | None = None,
-    altered: tuple[Interventions, Array | None, Matrices] | None = None,
+    overrides: tuple[Interventions, Array | None, Matrices] | None = None,
     *,
     functions: Functions | None = None,
 ) -> Float[Array, " N"]:
-    """`step_log_probs` of a checked path whose first `count` tokens are real, as part of another program.
+    """`step_log_probs` without checks, for use inside a compiled program.
 
-    altered: interventions, token vectors and matrices; None for a walk without any.
+    Args:
+        model: the model.
+        tokens: [T], the path, possibly padded.
+        given: the number of tokens that are conditioned on.
+        count: the number of tokens before the padding; None means all.
+        segments: [T], the document of each position.
+        overrides: interventions, token vectors and mixing matrices; None walks the model as it is.
+        functions: the functions that replace mixing matrices.
     """
     if len(tokens) == 1:
         return jnp.zeros(0, wide(model.embed.table.dtype))
     before, after = tokens[:-1], tokens[1:]
     before_segments = None if segments is None else segments[:-1]
-    if altered is None:
+    if overrides is None:
         context = model.contexts(before, before_segments)
     else:
-        edits, vectors, matrices = altered
+        edits, vectors, matrices = overrides
         edits = jax.tree.map(lambda a: a[:, :-1], edits)
         vectors = None if vectors is None else vectors[:-1]
         context = model.walked(before, before_segments, edits, vectors, matrices, functions=functions).context
@@ -161,22 +171,22 @@ def scores(
     if count is not None:
         scored &= indices(1, len(tokens)) < count
     terms = jnp.where(scored, terms, 0)
-    longest = len(tokens) if count is None else count
-    # A product, so that derivatives are NaN too.
-    return terms * jnp.where((given >= 1) & (given <= longest), 1, jnp.nan)
+    length = len(tokens) if count is None else count
+    # Multiplying, unlike jnp.where, makes the derivatives NaN as well.
+    return terms * jnp.where((given >= 1) & (given <= length), 1, jnp.nan)
 
 
 def log_probs_of(model: Transformer, context: Float[Array, "N D"], tokens: Int[Array, " N"]) -> Float[Array, " N"]:
-    """log p(token) after each context; NaN for an id out of range."""
-    # Not log_softmax and a gather: the row of log-probabilities is never written out.
+    """Log-probability of each token after its context, in nats; NaN for an id out of range."""
+    # logsumexp instead of log_softmax, so that log-probabilities of all tokens are never materialised.
     logits = jax.vmap(model.logits)(context)
     index = indices(len(tokens))
-    chosen = logits.at[index, tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    selected = logits.at[index, tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return selected - jax.nn.logsumexp(logits, axis=-1)
 
 
 def scored_steps(length: int, given: Any = 1, segments: Int[Array, " T"] | None = None) -> Bool[Array, " N"]:
-    """Which of the N = length - 1 steps of a path are scored: those after the `given` tokens, inside a document."""
+    """Which of the N = length - 1 steps are scored: those after the `given` tokens and within one document."""
     scored = indices(1, length) >= given
     if segments is not None:
         scored &= (segments[1:] == segments[:-1]) & (segments[1:] != 0)
@@ -184,11 +194,11 @@ def scored_steps(length: int, given: Any = 1, segments: Int[Array, " T"] | None 
 
 
 def expectation(log_p: Float[Array, "*n V"], values: Float[Array, "*n V"]) -> Float[Array, "*n"]:
-    """E_p values; a token with p = 0 contributes nothing, whatever its value."""
+    """Expectation of `values` under the law p. A token with p = 0 contributes 0, even if its value is infinite."""
     p = jnp.exp(log_p)
     return jnp.sum(jnp.where(p > 0, p * values, 0), axis=-1)
 
 
 def entropy(log_p: Float[Array, "*n V"]) -> Float[Array, "*n"]:
-    """The entropy -sum p log p of each law, in nats."""
+    """Entropy -sum p log p of each law, in nats."""
     return -expectation(log_p, log_p)

@@ -9,10 +9,13 @@ from jaxwalk.paths.sampling import Paths
 
 
 class PrefixTree(NamedTuple):
-    """The distinct prefixes of some paths, each after the one it continues; the first is the empty one.
+    """The distinct prefixes of a set of paths, each listed after its parent; the first is the empty prefix.
 
-    parent: [N], the prefix without its last token (-1 for the empty one). token: [N], the last token (-1). depth: [N],
-    the number of tokens. mass: [N], the summed probability of the paths with this prefix.
+    Attributes:
+        parent: [N], the index of the prefix without its last token; -1 for the empty prefix.
+        token: [N], the last token; -1 for the empty prefix.
+        depth: [N], the number of tokens.
+        mass: [N], the total probability of the paths with this prefix.
     """
 
     parent: Int[np.ndarray, " N"]
@@ -22,12 +25,12 @@ class PrefixTree(NamedTuple):
 
 
 def prefix_tree(paths: Paths) -> PrefixTree:
-    """The tree of the distinct paths in `paths`; slots that no path fills are left out."""
+    """The prefix tree of the distinct paths in `paths`; empty entries are left out."""
     filled = np.isfinite(np.asarray(paths.log_probs))
     rows, index = np.unique(np.asarray(paths.tokens)[filled], axis=0, return_index=True)
     probs = np.exp(np.asarray(paths.log_probs, np.float64)[filled][index])
     parent, token, depth, mass = [-1], [-1], [0], [float(probs.sum())]
-    above = np.zeros(len(rows), int)  # the number of each path's prefix so far
+    above = np.zeros(len(rows), int)  # the index of each path's prefix so far
     for column in range(rows.shape[1]):
         # Rows are in lexicographic order, so the rows of one prefix are adjacent.
         new = np.any(rows[1:, : column + 1] != rows[:-1, : column + 1], axis=1)

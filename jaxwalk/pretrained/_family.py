@@ -323,7 +323,7 @@ class _Part(NamedTuple):
 class _Parameter(NamedTuple):
     path: str
     shape: tuple[int, ...]
-    turned: bool
+    transposed: bool
     """Ours is the transpose of what has its rows first."""
     conv1d: bool
     """So is what is stored."""
@@ -335,15 +335,15 @@ class _Parameter(NamedTuple):
             buffer[start : start + part.rows] = part.tensor.layout(stored)
             return
         taken = part.tensor.taken(stored.T if self.conv1d else stored)
-        # Cast before turning: a turned array is read out of order, which narrow floats make slow.
+        # Cast before transposing: a transposed array is read out of order, which narrow floats make slow.
         taken = taken.astype(buffer.dtype, copy=False)
         own = buffer if len(self.parts) == 1 else buffer[..., start : start + part.rows]
-        own[...] = taken.T if self.turned else taken
+        own[...] = taken.T if self.transposed else taken
 
     def stored(self, ours: np.ndarray, start: int, part: _Part) -> np.ndarray:
         """The inverse, for parts of which all rows are taken."""
         taken = ours if len(self.parts) == 1 else ours[..., start : start + part.rows]
-        return taken.T if self.turned and not self.conv1d else taken
+        return taken.T if self.transposed and not self.conv1d else taken
 
 
 def parameters(family: Family, config: ModelConfig) -> list[_Parameter]:
@@ -356,7 +356,7 @@ def parameters(family: Family, config: ModelConfig) -> list[_Parameter]:
         kind = path.rsplit("/", 1)[1]
         named = next((name for name in _names(path) if name in tensors), path)
         where, suffix = tensors[named], f".{'bias' if kind == 'bias' else 'weight'}"
-        turned = kind == "weight" and named != "unembed"
+        transposed = kind == "weight" and named != "unembed"
         pieces = (where,) if isinstance(where, str | Tensor | Raw) else where
         parts = []
         for piece in pieces:
@@ -365,13 +365,13 @@ def parameters(family: Family, config: ModelConfig) -> list[_Parameter]:
                 parts.append(_Part(piece, piece.name.format(layer), piece.shape, rows))
                 continue
             tensor = Tensor(piece) if isinstance(piece, str) else piece
-            own = leaf.shape[-1] if turned or leaf.ndim == 1 else leaf.shape[0]
+            own = leaf.shape[-1] if transposed or leaf.ndim == 1 else leaf.shape[0]
             rows = math.prod(tensor.rows) if tensor.rows else own
             taken = np.empty(tensor.rows, bool)[tensor.take].size if tensor.take else rows
-            rest = leaf.shape[:-1] if turned else leaf.shape[1:]
-            shape = (*rest, rows) if turned and family.conv1d else (rows, *rest)
+            rest = leaf.shape[:-1] if transposed else leaf.shape[1:]
+            shape = (*rest, rows) if transposed and family.conv1d else (rows, *rest)
             parts.append(_Part(tensor, tensor.name.format(layer) + suffix, shape, taken))
-        found.append(_Parameter(path, leaf.shape, turned, turned and family.conv1d, tuple(parts)))
+        found.append(_Parameter(path, leaf.shape, transposed, transposed and family.conv1d, tuple(parts)))
     return found
 
 

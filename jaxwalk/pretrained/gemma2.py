@@ -15,12 +15,12 @@ from jaxwalk.pretrained._rope import Rope, rope
 
 def config(keys: Keys) -> ModelConfig:
     """Layers with and without a window in turn, unless `layer_types` says otherwise."""
-    turned = rope(keys, keys("max_position_embeddings"))
+    positions = rope(keys, keys("max_position_embeddings"))
     cap = keys.nullable("attn_logit_softcapping", 50.0)
-    aggregate = llama.heads(keys, turned, softcap=cap, **choices(keys))
+    aggregate = llama.heads(keys, positions, softcap=cap, **choices(keys))
     windows = llama.windows(keys, keys.nullable("sliding_window", 4096), lambda layer: layer % 2 == 0)
     aggregates = tuple(dataclasses.replace(aggregate, window=window) for window in windows)
-    return model(keys, turned, aggregates, keys.nullable("final_logit_softcapping", 30.0))
+    return model(keys, positions, aggregates, keys.nullable("final_logit_softcapping", 30.0))
 
 
 # What Gemma 2 and Gemma 3 share.
@@ -33,11 +33,11 @@ def choices(keys: Keys) -> dict[str, Any]:
     return {"head_width": 256, "scale": scale, "bias": keys("attention_bias", False)}
 
 
-def model(keys: Keys, turned: Rope, aggregates: tuple[Any, ...], cap: float | None) -> ModelConfig:
+def model(keys: Keys, positions: Rope, aggregates: tuple[Any, ...], cap: float | None) -> ModelConfig:
     """Scaled token vectors, norms around each step that multiply by 1 + their weight, and tied output vectors."""
     return llama.model(
         keys,
-        turned,
+        positions,
         aggregates,
         llama.activation(keys, "hidden_activation", "gelu_pytorch_tanh"),
         tied=True,

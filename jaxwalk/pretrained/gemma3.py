@@ -43,7 +43,7 @@ def config(keys: Keys) -> ModelConfig:
     aggregates = tuple(
         llama.heads(keys, everywhere if window is None else nearby, window=window, **choices) for window in windows
     )
-    shorter = min(everywhere, nearby, key=lambda turned: turned.max_length)
+    shorter = min(everywhere, nearby, key=lambda positions: positions.max_length)
     return gemma2.model(keys, shorter, aggregates, keys("final_logit_softcapping", None))
 
 

@@ -14,18 +14,18 @@ from jaxwalk.pretrained.gpt2 import ACTIVATIONS
 def config(keys: Keys) -> ModelConfig:
     """Layers of attention and MLPs, by default from the same stream; rotary positions for a share of the channels."""
     width, heads = keys("hidden_size"), keys("num_attention_heads")
-    turned = rotary(keys)
+    positions = rotary(keys)
     return ModelConfig(
         vocab_size=keys("vocab_size"),
-        max_length=turned.max_length,
+        max_length=positions.max_length,
         width=width,
         depth=keys("num_hidden_layers"),
         aggregate=attention.Config(
             heads=heads,
             positions="rope",
-            rope_theta=turned.theta,
-            rope_width=int(width // heads * turned.share),
-            rope_scaling=turned.scaling,
+            rope_theta=positions.theta,
+            rope_width=int(width // heads * positions.share),
+            rope_scaling=positions.scaling,
             bias=keys("attention_bias", True),
         ),
         filter=MLPConfig(keys("intermediate_size"), keys.choose("hidden_act", ACTIVATIONS, "gelu")),

@@ -14,9 +14,9 @@ from jaxwalk.pretrained._rope import Rope, rope
 def config(keys: Keys) -> ModelConfig:
     """Pre-norm layers of grouped-query attention with rotary positions, and gated MLPs."""
     keys.expect("rope_interleaved", False)
-    turned = rope(keys, keys("max_position_embeddings"))
-    aggregate = heads(keys, turned, bias=keys("attention_bias", False))
-    return model(keys, turned, aggregate, activation(keys), mlp_bias=keys("mlp_bias", False))
+    positions = rope(keys, keys("max_position_embeddings"))
+    aggregate = heads(keys, positions, bias=keys("attention_bias", False))
+    return model(keys, positions, aggregate, activation(keys), mlp_bias=keys("mlp_bias", False))
 
 
 # What the families that are built like Llama share.
@@ -27,25 +27,27 @@ def activation(keys: Keys, name: str = "hidden_act", default: str = "silu") -> A
     return keys.choose(name, {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}, default)
 
 
-def heads(keys: Keys, turned: Rope, *, head_width: int | None = None, **choices: Any) -> attention.Config:
-    """Grouped-query attention with the rotary positions `turned`; `head_width` is where the config names none."""
+def heads(keys: Keys, positions: Rope, *, head_width: int | None = None, **choices: Any) -> attention.Config:
+    """Grouped-query attention with the rotary positions `positions`; `head_width` is where the config names none."""
     count, head_width = keys("num_attention_heads"), keys("head_dim", head_width)
     return attention.Config(
         heads=count,
         kv_heads=keys("num_key_value_heads", count),
         head_width=head_width,
         positions="rope",
-        rope_theta=turned.theta,
+        rope_theta=positions.theta,
         # Rounded as in transformers.
-        rope_width=None if turned.share == 1 else int((head_width or keys("hidden_size") // count) * turned.share),
-        rope_scaling=turned.scaling,
+        rope_width=None
+        if positions.share == 1
+        else int((head_width or keys("hidden_size") // count) * positions.share),
+        rope_scaling=positions.scaling,
         **choices,
     )
 
 
 def model(
     keys: Keys,
-    turned: Rope,
+    positions: Rope,
     aggregate: AggregateConfig | tuple[AggregateConfig, ...],
     activation: Activation,
     *,
@@ -57,7 +59,7 @@ def model(
     """A model of RMS norms and gated MLPs, pre-norm unless `choices` say otherwise."""
     return ModelConfig(
         vocab_size=keys("vocab_size"),
-        max_length=turned.max_length,
+        max_length=positions.max_length,
         width=keys("hidden_size"),
         depth=keys("num_hidden_layers"),
         aggregate=aggregate,

@@ -12,9 +12,9 @@ from jaxwalk.pretrained._rope import rope
 
 def config(keys: Keys) -> ModelConfig:
     """As Llama, without biases."""
-    turned = rope(keys, keys("max_position_embeddings"))
-    aggregate = llama.heads(keys, turned, window=keys.nullable("sliding_window", 4096), bias=False)
-    return llama.model(keys, turned, aggregate, llama.activation(keys))
+    positions = rope(keys, keys("max_position_embeddings"))
+    aggregate = llama.heads(keys, positions, window=keys.nullable("sliding_window", 4096), bias=False)
+    return llama.model(keys, positions, aggregate, llama.activation(keys))
 
 
 FAMILY = Family(model_types=("mistral",), config=config, tensors=llama.tensors, prefix="model.", ignored=llama.COMPUTED)

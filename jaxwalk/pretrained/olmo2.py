@@ -10,10 +10,10 @@ from jaxwalk.pretrained._rope import rope
 
 def config(keys: Keys) -> ModelConfig:
     """As Llama, but for its norms."""
-    turned = rope(keys, keys("max_position_embeddings"))
+    positions = rope(keys, keys("max_position_embeddings"))
     norms: dict[str, Any] = {"qk_norm": True, "qk_norm_over": "width", "qk_norm_eps": keys("rms_norm_eps", 1e-5)}
-    aggregate = llama.heads(keys, turned, bias=keys("attention_bias", False), **norms)
-    return llama.model(keys, turned, aggregate, llama.activation(keys), eps=1e-5, placement="res_post")
+    aggregate = llama.heads(keys, positions, bias=keys("attention_bias", False), **norms)
+    return llama.model(keys, positions, aggregate, llama.activation(keys), eps=1e-5, placement="res_post")
 
 
 def tensors(config: ModelConfig) -> Tensors:

@@ -19,9 +19,9 @@ def config(keys: Keys) -> ModelConfig:
         keys.expect(name, False)
     for name in ("full_attn_mod", "interpolate_factor"):
         keys.expect(name, 1)
-    turned = rope(keys, keys("max_position_embeddings"), share=1.0)
-    aggregate = llama.heads(keys, turned, window=keys("sliding_window", None), bias=False)
-    return llama.model(keys, turned, aggregate, llama.activation(keys), eps=1e-5)
+    positions = rope(keys, keys("max_position_embeddings"), share=1.0)
+    aggregate = llama.heads(keys, positions, window=keys("sliding_window", None), bias=False)
+    return llama.model(keys, positions, aggregate, llama.activation(keys), eps=1e-5)
 
 
 def tensors(config: ModelConfig) -> Tensors:
@@ -43,7 +43,7 @@ def from_gguf(keys: Keys, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     written = llama.metadata(keys, tensors)
     head_width, original = written["head_dim"], keys("rope.scaling.original_context_length", None)
-    turned = {
+    positions = {
         "rope_theta": keys("rope.freq_base", 10000.0),
         "partial_rotary_factor": keys("rope.dimension_count", head_width) / head_width,
         "original_max_position_embeddings": original,
@@ -51,10 +51,10 @@ def from_gguf(keys: Keys, tensors: Mapping[str, Any]) -> dict[str, Any]:
     gain = keys("rope.scaling.attn_factor", None)
     if "rope_factors_short.weight" in tensors:
         sets = {f"{which}_factor": tensors[f"rope_factors_{which}.weight"].data.tolist() for which in ("short", "long")}
-        turned |= {"rope_type": "longrope", "attention_factor": gain, **sets}
+        positions |= {"rope_type": "longrope", "attention_factor": gain, **sets}
     return {
         **written,
-        "rope_parameters": turned,
+        "rope_parameters": positions,
         "sliding_window": keys("attention.sliding_window", 0) or None,
     }
 

@@ -14,9 +14,9 @@ from jaxwalk.pretrained._rope import rope
 def config(keys: Keys) -> ModelConfig:
     """As Llama; a window may slide in some layers."""
     keys.expect("use_mrope", False)
-    turned = rope(keys, keys("max_position_embeddings"))
-    aggregate = llama.heads(keys, turned, bias=True, out_bias=False)
-    return llama.model(keys, turned, by_layer(keys, aggregate), llama.activation(keys))
+    positions = rope(keys, keys("max_position_embeddings"))
+    aggregate = llama.heads(keys, positions, bias=True, out_bias=False)
+    return llama.model(keys, positions, by_layer(keys, aggregate), llama.activation(keys))
 
 
 def by_layer(keys: Keys, aggregate: attention.Config) -> tuple[attention.Config, ...]:

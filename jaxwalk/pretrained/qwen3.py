@@ -8,10 +8,10 @@ from jaxwalk.pretrained._rope import rope
 
 def config(keys: Keys) -> ModelConfig:
     """As Qwen2."""
-    turned = rope(keys, keys("max_position_embeddings"))
+    positions = rope(keys, keys("max_position_embeddings"))
     eps, bias = keys("rms_norm_eps", 1e-6), keys("attention_bias", False)
-    aggregate = llama.heads(keys, turned, head_width=128, qk_norm=True, qk_norm_eps=eps, bias=bias)
-    return llama.model(keys, turned, qwen2.by_layer(keys, aggregate), llama.activation(keys))
+    aggregate = llama.heads(keys, positions, head_width=128, qk_norm=True, qk_norm_eps=eps, bias=bias)
+    return llama.model(keys, positions, qwen2.by_layer(keys, aggregate), llama.activation(keys))
 
 
 FAMILY = Family(

@@ -1,5 +1,4 @@
-"""Probes: every derivative of a walk and its kin. Gradients, influence, spectra, decompositions, attributions, lenses,
-interventions, and walks on disk."""
+"""Probes: gradients, influence maps, spectra, decompositions, attributions, lenses, interventions, stored walks."""
 
 from jaxwalk.probes.attribution import (
     Attribution,

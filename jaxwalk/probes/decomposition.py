@@ -1,16 +1,17 @@
-"""Exact decompositions of a context vector, or of any station: parts that sum to the whole, and prove it.
+"""Exact decompositions of a context vector, or of any station, into parts whose sum is checked against the whole.
 
 Every nonlinearity here is a data-dependent coefficient times a linear map: mixing weights times values, 1/std times a
-centred vector, a gate times its argument. With the coefficients held at the values they took, the walk is affine in the
-token vectors, and the terms of its sum are known one by one ("detached Jacobian": Golden, arXiv 2505.24293). The part
-of the biases is a derivative of its own, never the remainder, so the sum is a check: each result carries its error
-relative to the sum of |parts|, and beyond rounding it raises. The check cannot detect an unheld map that is
-homogeneous of degree one, such as x |x| / |x|: its derivative along x is the map itself. `jaxwalk/filters.py` and the
-laws of aggregates hold each module to being affine.
+centred vector, a gate times its argument. With the coefficients held at their values, the walk is affine in the token
+vectors, and each term of the affine map is a part ("detached Jacobian": Golden, arXiv 2505.24293). The part due to
+biases is computed as a derivative of its own, never as the remainder, so the sum is a real check. Each result carries
+its error relative to the sum of |parts|; an error beyond rounding raises. The check cannot detect a coefficient that is
+not held in a map that is homogeneous of degree one, such as x |x| / |x|: the derivative along x is then the map itself.
+The tests of `jaxwalk/filters.py` and of the aggregates check that each held module is affine.
 
-The token cut is total: what comes from a token through everything. The cuts by step, head and neuron are direct: the
-output of that piece, carried to the target by the residual stream and the held norms alone. All functions take one path
-and are batched with `jax.vmap`, under which, as under jit, nothing raises: look at `error`.
+The decomposition by token is total: it attributes to a token everything that comes from it through all steps. The
+decompositions by step, head and neuron are direct: the output of that component, carried to the target by the residual
+stream and the held norms alone. All functions take a single path; batch with `jax.vmap`. Under vmap, as under jit,
+nothing raises: check `error`.
 """
 
 import functools
@@ -37,16 +38,20 @@ TOLERANCE = {jnp.dtype("float32"): 1e-5, jnp.dtype("float64"): 1e-12}
 
 
 class DecompositionError(ArithmeticError):
-    """The parts do not sum to the whole: some coefficient is not held, or some additive part is not accounted for."""
+    """The parts do not sum to the whole: a coefficient is not held, or an additive part is missing."""
 
 
 class Decomposition(NamedTuple):
     """A target vector split by source token: by_token.sum(0) + by_position.sum(0) + bias = whole.
 
-    by_token: [T, D], of each token vector, through everything. by_position: [T, D], likewise of each position vector
-    (zeros in a model without any). bias: [D], of all biases, computed by a derivative of its own. whole: [D], the
-    target itself. error: [], |sum - whole| / sum of |parts|. If the target is read along n directions, all of these
-    have n in place of D, and the error is the largest one along any direction.
+    Along n directions, the shapes have n in place of D, and the error is the largest over directions.
+
+    Attributes:
+        by_token: [T, D], due to each token vector, through all steps.
+        by_position: [T, D], likewise due to each position vector; zeros in a model without position vectors.
+        bias: [D], due to all biases, computed as a derivative of its own.
+        whole: [D], the target itself.
+        error: [], |sum of parts - whole| / sum of |parts|.
     """
 
     by_token: Float[Array, "T D"]
@@ -57,11 +62,15 @@ class Decomposition(NamedTuple):
 
 
 class StepDecomposition(NamedTuple):
-    """A target vector split by the steps of the walk: token + position + by_step.sum(0) + by_step_bias.sum(0) + bias.
+    """A target vector split by step: token + position + by_step.sum(0) + by_step_bias.sum(0) + bias = whole.
 
-    token, position: [D], of the position's own token and position vector, carried directly. by_step: [2L, D], what each
-    step (2l the aggregate, 2l+1 the filter of layer l) computes from the stream. by_step_bias: [2L, D], what it adds by
-    the biases within it. bias: [D], of the norms on the way. whole, error: as in `Decomposition`.
+    Attributes:
+        token, position: [D], the token and position vectors of the target's own position, carried directly.
+        by_step: [2L, D], what each step (2l the aggregate, 2l+1 the filter of layer l) computes from the stream.
+        by_step_bias: [2L, D], what each step adds through its own biases.
+        bias: [D], due to the biases of norms outside the steps: post-norms and the final norm.
+        whole: [D], the target itself.
+        error: [], |sum of parts - whole| / sum of |parts|.
     """
 
     token: Float[Array, " D"]
@@ -74,11 +83,18 @@ class StepDecomposition(NamedTuple):
 
 
 class StepTokenDecomposition(NamedTuple):
-    """What each step adds, split by the source token that its input came from, through all steps before it.
+    """A target vector split by step and, within each step, by the source token of its input.
 
-    token, position, bias: [D], what is carried directly, as in `StepDecomposition`. by_token, by_position: [2L, T, D].
-    by_step_bias: [2L, D], of all biases up to and within the step. Summed over steps this is the token cut; summed over
-    tokens, positions and biases the step cut. whole, error: as in `Decomposition`.
+    Summed over steps, it is the decomposition by token; summed over tokens, positions and biases, the decomposition by
+    step.
+
+    Attributes:
+        token, position, bias: [D], carried directly, as in `StepDecomposition`.
+        by_token, by_position: [2L, T, D], what each step computes from each token and position vector, through all
+            steps before it.
+        by_step_bias: [2L, D], due to all biases up to and within the step.
+        whole: [D], the target itself.
+        error: [], |sum of parts - whole| / sum of |parts|.
     """
 
     token: Float[Array, " D"]
@@ -92,11 +108,16 @@ class StepTokenDecomposition(NamedTuple):
 
 
 class HeadDecomposition(NamedTuple):
-    """What one layer's aggregate adds, split by head (or channel) and source position: by_head.sum((0, 1)) + bias.
+    """What one layer's aggregate adds, split by head (or channel) and source position.
 
-    by_head: [G, T, D], A_tj times the value at j, read out and carried. bias: [D], of the readout and of a norm of it;
-    the bias of the values is part of the values. whole: [D], the move of the aggregate step, carried. error: as in
-    `Decomposition`.
+    by_head.sum((0, 1)) + bias = whole.
+
+    Attributes:
+        by_head: [G, T, D], A_tj times the value at j, read out and carried to the target. It includes the bias of the
+            values.
+        bias: [D], due to the biases of the readout and of a norm of its output.
+        whole: [D], the move of the aggregate step, carried to the target.
+        error: [], |sum of parts - whole| / sum of |parts|.
     """
 
     by_head: Float[Array, "G T D"]
@@ -106,10 +127,13 @@ class HeadDecomposition(NamedTuple):
 
 
 class NeuronDecomposition(NamedTuple):
-    """What one layer's filter adds, split by neuron: by_neuron.sum(0) + bias = whole, all carried.
+    """What one layer's filter adds, split by neuron: by_neuron.sum(0) + bias = whole.
 
-    by_neuron: [E, D], each neuron's activation times its row of `down`. bias: [D], of `down` and of a norm of its
-    output. whole: [D], the move of the filter step, carried. error: as in `Decomposition`.
+    Attributes:
+        by_neuron: [E, D], each neuron's activation times its row of `down`, carried to the target.
+        bias: [D], due to the biases of `down` and of a norm of its output.
+        whole: [D], the move of the filter step, carried to the target.
+        error: [], |sum of parts - whole| / sum of |parts|.
     """
 
     by_neuron: Float[Array, "E D"]
@@ -121,8 +145,11 @@ class NeuronDecomposition(NamedTuple):
 class Readout(NamedTuple):
     """A scalar that is affine in the context vector c: direction . c + constant.
 
-    direction: [D]. constant: [], which belongs to no part of the context. The parts of a decomposition of the context,
-    dotted with `direction`, sum with the constant to the scalar.
+    The parts of a decomposition of the context, dotted with `direction`, sum with `constant` to the scalar.
+
+    Attributes:
+        direction: [D].
+        constant: [], belongs to no part of the context.
     """
 
     direction: Float[Array, " D"]
@@ -141,19 +168,20 @@ def decompose(
     """The context vector of position `at`, or a station of it, split exactly by source token.
 
     Args:
-        model: in float32 or float64.
+        model: the model, in float32 or float64.
         tokens: [T], the path.
         at: the position.
         station: 0 to S-1 (0 the embedding, 2l+1 after aggregate l, 2l+2 after filter l); the context vector by default.
         segments: [T], the document of each position.
-        along: [n, D], directions to take the parts along; by default the parts are vectors.
+        along: [n, D], directions to project the parts on; by default the parts are vectors.
 
     Returns:
-        The parts [T, D], or [T, n] along directions. They take the fewer of T forward passes and D (or n) backward
-        passes, in bounded memory.
+        The parts, [T, D] or, along directions, [T, n]. Takes T forward passes or D (n) backward passes, whichever is
+        fewer, in bounded memory.
 
     Raises:
-        ValueError: for a position or station that does not exist, a wrong shape, or a dtype below float32.
+        ValueError: if `tokens` is not a path of the model, a position or station does not exist, a shape is wrong, or
+            the dtype is narrower than float32.
         DecompositionError: if the parts do not sum to the whole.
     """
     if along is not None and (jnp.ndim(along) != 2 or along.shape[-1] != model.width):
@@ -172,7 +200,7 @@ def decompose_steps(
 ) -> StepDecomposition:
     """The context vector of position `at`, or a station of it, split exactly by the steps that added to it.
 
-    Steps after `station` have zero parts. Arguments and errors are those of `decompose`.
+    Steps after `station` have zero parts. Takes the arguments of `decompose` and raises the same errors.
     """
     return _run(_by_step, model, tokens, at, station, segments)[0]
 
@@ -185,9 +213,9 @@ def decompose_steps_by_token(
     station: Index | None = None,
     segments: Segments | None = None,
 ) -> StepTokenDecomposition:
-    """Both cuts at once: each step's part of the target, split by source token. It takes T forward passes.
+    """The context vector of position `at`, or a station of it, split exactly by step and source token.
 
-    Arguments and errors are those of `decompose`.
+    Costs T forward passes. Takes the arguments of `decompose` and raises the same errors.
     """
     result, path = _run(_by_step_and_token, model, tokens, at, station, segments)
     return result._replace(by_token=path.cut(result.by_token, 1), by_position=path.cut(result.by_position, 1))
@@ -205,14 +233,15 @@ def decompose_heads(
     """What the aggregate of `layer` adds to the target, split exactly by head and source position.
 
     Args:
-        layer: 0 to L-1. A traced one needs a model whose layers are all alike.
+        layer: 0 to L-1. It can be traced only if all layers have the same structure.
         model, tokens, at, station, segments: as in `decompose`.
 
     Raises:
-        ValueError: for a layer that does not exist or comes after `station`, and as `decompose` does.
+        ValueError: if the layer does not exist or comes after `station`, and as in `decompose`.
+        DecompositionError: if the parts do not sum to the whole.
     """
-    slot, index, number = _located(model, layer, station, lambda number: 2 * number + 1)
-    result, path = _run(_by_head, model, tokens, at, station, segments, index, number, slot=slot)
+    slot, repetition, layer_index = _locate(model, layer, station, lambda index: 2 * index + 1)
+    result, path = _run(_by_head, model, tokens, at, station, segments, repetition, layer_index, slot=slot)
     return result._replace(by_head=path.cut(result.by_head, 1))
 
 
@@ -227,28 +256,35 @@ def decompose_neurons(
 ) -> NeuronDecomposition:
     """What the filter of `layer` adds to the target, split exactly by neuron.
 
-    Arguments are those of `decompose_heads`.
+    Takes the arguments of `decompose_heads`.
 
     Raises:
-        ValueError: for a layer that does not exist, has no MLP or comes after `station`, and as `decompose` does.
+        ValueError: if the layer does not exist, has no MLP or comes after `station`, and as in `decompose`.
+        DecompositionError: if the parts do not sum to the whole.
     """
-    slot, index, number = _located(model, layer, station, lambda number: 2 * number + 2)
+    slot, repetition, layer_index = _locate(model, layer, station, lambda index: 2 * index + 2)
     if not isinstance(model.layers.blocks[slot[0]].period[slot[1]].filter, MLP | GatedMLP):
-        with_neurons = [n for n, one in enumerate(model.layers) if isinstance(one.filter, MLP | GatedMLP)]
+        with_neurons = [i for i, other in enumerate(model.layers) if isinstance(other.filter, MLP | GatedMLP)]
         raise ValueError(f"layer: expected one whose filter has neurons, of {with_neurons}, got {layer}.")
-    return _run(_by_neuron, model, tokens, at, station, segments, index, number, slot=slot)[0]
+    return _run(_by_neuron, model, tokens, at, station, segments, repetition, layer_index, slot=slot)[0]
 
 
 def logit_readout(model: Transformer, token: Index, context: Float[Array, " D"] | None = None) -> Readout:
-    """The logit of `token` as a function of the context: u . c + b, or g (u . c + b) where logits are soft-capped.
+    """The logit of `token` as an affine function of the context c: u . c + b.
+
+    If the model soft-caps its logits, it is g (u . c + b) with the gate g = tanh(a / cap) / (a / cap), a the logit
+    before the cap.
 
     Args:
         model: the model.
         token: a token id.
-        context: [D], where g = tanh(a / cap) / (a / cap), for the logit a before the cap, is held.
+        context: [D], where the gate is held. Required if the model soft-caps its logits.
+
+    Returns:
+        The direction and the constant.
 
     Raises:
-        ValueError: for an id out of range, and for a missing context where the model soft-caps its logits.
+        ValueError: if the id is out of range, or the context is missing although the model soft-caps its logits.
     """
     token = check_index("token", token, model.vocab_size, from_end=False)
     if model.unembed.softcap is not None and context is None:
@@ -260,11 +296,21 @@ def logit_readout(model: Transformer, token: Index, context: Float[Array, " D"] 
 
 
 def log_prob_readout(model: Transformer, context: Float[Array, " D"], token: Index) -> Readout:
-    """log p(token) at the law p of this context, in nats: (u - E_p u) . c + (b - E_p b) - H(p), with p held.
+    """log p(token) after a context c, in nats, as (u - E_p u) . c + (b - E_p b) - H(p), with the law p held.
 
-    The constant contains the entropy -H(p), without which the parts would sum to the centred logit only. Where the
-    model soft-caps its logits, each u and b is multiplied by its gate, as in `logit_readout`. Raises ValueError for an
-    id out of range.
+    The constant contains the entropy -H(p), without which the parts would only sum to the centred logit. If the model
+    soft-caps its logits, each u and b is multiplied by its gate, as in `logit_readout`.
+
+    Args:
+        model: the model.
+        context: [D], where p is held.
+        token: a token id.
+
+    Returns:
+        The direction and the constant.
+
+    Raises:
+        ValueError: if the id is out of range.
     """
     return _log_prob_readout(model, context, check_index("token", token, model.vocab_size, from_end=False))
 
@@ -294,21 +340,22 @@ def _log_prob_readout(model: Transformer, context: Array, token: Array) -> Reado
     return Readout(direction - weights @ model.output_vectors, constant - mean_bias - entropy(log_p))
 
 
-def _located(model: Transformer, layer: Index, station: Index | None, reached: Callable[[Any], Any]) -> Any:
-    """The slot of a layer, its repetition, and its number, both as arguments of a program."""
+def _locate(model: Transformer, layer: Index, station: Index | None, station_after: Callable[[Any], Any]) -> Any:
+    """The slot of a layer, and its repetition and index as arguments of a program."""
     if is_traced(layer):
         if len(model.layers.blocks) != 1 or len(model.layers.blocks[0].period) != 1:
             raise ValueError("layer: expected an integer, as the layers of this model differ; got a traced one.")
         return (0, 0), layer, layer
-    number = int(layer)
-    if not 0 <= number < model.depth:
+    layer_index = int(layer)
+    if not 0 <= layer_index < model.depth:
         raise ValueError(f"layer: expected one from 0 to {model.depth - 1}, got {layer}.")
-    if station is not None and not is_traced(station) and int(station) < reached(number):
+    first = station_after(layer_index)
+    if station is not None and not is_traced(station) and int(station) < first:
         raise ValueError(
-            f"station: expected one from {reached(number)} on, where layer {layer} has added its part, got {station}."
+            f"station: expected one from {first} on, where layer {layer} has added its part, got {station}."
         )
-    place = model.layers.place(number)
-    return (place.block, place.member), np.int32(place.repetition), np.int32(number)
+    place = model.layers.place(layer_index)
+    return (place.block, place.member), np.int32(place.repetition), np.int32(layer_index)
 
 
 def _run(
@@ -318,12 +365,12 @@ def _run(
     at: Index,
     station: Index | None,
     segments: Segments | None,
-    *others: Any,
+    *extra: Any,
     slot: tuple[int, int] | None = None,
 ) -> tuple[Any, Path]:
-    """The result of a cut's program, if its parts sum to the whole, and the padded path."""
+    """Run the program of a decomposition and check its error; also return the padded path."""
     check_dtype(model)
-    path = prepare(model, tokens, segments, at, station, others)
+    path = prepare(model, tokens, segments, at, station, extra)
     at = check_index("at", at, path.length)
     S = model.stations
     if station is not None and not is_traced(station) and not 0 <= int(station) < S:
@@ -333,20 +380,20 @@ def _run(
         )
     target = np.int32(S) if station is None else station if is_traced(station) else np.int32(station)
     static = {} if slot is None else {"slot": slot}
-    result = program(model, path.tokens, path.segments, at, target, *others, **static)
+    result = program(model, path.tokens, path.segments, at, target, *extra, **static)
     check_error(result.error, model)
     return result, path
 
 
 def check_dtype(model: Transformer) -> None:
-    """Raises ValueError for a model whose dtype is too narrow to tell rounding from a missing part."""
+    """Raise ValueError if the model's dtype is too narrow to tell rounding from a missing part."""
     dtype = model.embed.table.dtype
     if dtype not in TOLERANCE:
         raise ValueError(f"model: expected float32 or float64, got {dtype}. Use jw.astype(model, jnp.float32).")
 
 
 def check_error(error: Array, model: Transformer) -> None:
-    """Raises DecompositionError for a concrete error beyond rounding."""
+    """Raise DecompositionError if a concrete error is beyond rounding."""
     tolerance = TOLERANCE[model.embed.table.dtype]
     if not is_traced(error) and not float(error) <= tolerance:
         raise DecompositionError(
@@ -357,7 +404,7 @@ def check_error(error: Array, model: Transformer) -> None:
 
 
 def _target(model: Transformer, tokens: Array, segments: Array | None, at: Array, station: Array) -> Target:
-    """The target at a position and station; NaN where there is none, or the position is missing."""
+    """The target at a position and station; NaN where either is out of range or the position is missing."""
     return Target.of(plain(model), tokens, segments, at, station)
 
 
@@ -366,20 +413,20 @@ def _target(model: Transformer, tokens: Array, segments: Array | None, at: Array
 def by_token(
     model: Transformer, tokens: Array, segments: Array | None, at: Array, station: Array, along: Array | None
 ) -> Decomposition:
-    """The program of `decompose`, for checked arguments; `station` is S for the context vector."""
+    """The program of `decompose`, without checks; `station` is S for the context vector."""
     target = _target(model, tokens, segments, at, station)
     read = (lambda whole: whole) if along is None else (lambda whole: along @ whole)
-    f = lambda x: read(target.of_walk(target.held(x)))
-    of_tokens, of_positions = target.split_by_source(f)
-    bias = target.due_to_biases(lambda model: read(target.of_walk(target.held(target.x, model))))
-    whole, parts = read(target.whole), jnp.concatenate([of_tokens, of_positions, bias[None]])
+    f = lambda x: read(target.select(target.held(x)))
+    token_parts, position_parts = target.split_by_source(f)
+    bias = target.due_to_biases(lambda model: read(target.select(target.held(target.x, model))))
+    whole, parts = read(target.whole), jnp.concatenate([token_parts, position_parts, bias[None]])
     if along is None:
-        error = _cuts.error(whole, parts)
+        error = _cuts.relative_error(whole, parts)
     else:
-        # The rounding of a product with a direction is relative to the lengths of both factors.
+        # The rounding error of a dot product scales with the norms of both factors.
         scale = jnp.abs(parts).sum(0) + jnp.linalg.norm(target.whole) * jnp.linalg.norm(along, axis=-1)
         error = jnp.max(_cuts.ratio(jnp.abs(parts.sum(0) - whole), scale))
-    return Decomposition(of_tokens, of_positions, bias, whole, error)
+    return Decomposition(token_parts, position_parts, bias, whole, error)
 
 
 @jax.jit
@@ -390,7 +437,7 @@ def _by_step(model: Transformer, tokens: Array, segments: Array | None, at: Arra
     by_step, by_step_bias = (target.carry_moves(moves) for moves in target.step_parts())
     parts = jnp.concatenate([jnp.stack([token, position, bias]), by_step, by_step_bias])
     return StepDecomposition(
-        token, position, by_step, by_step_bias, bias, target.whole, _cuts.error(target.whole, parts)
+        token, position, by_step, by_step_bias, bias, target.whole, _cuts.relative_error(target.whole, parts)
     )
 
 
@@ -408,7 +455,7 @@ def _by_step_and_token(
     by_step_bias = target.due_to_biases(lambda model: f(target.x, model))
     token, position, bias = target.direct()
     parts = [by_token.reshape(-1, D), by_position.reshape(-1, D), by_step_bias, jnp.stack([token, position, bias])]
-    error = _cuts.error(target.whole, jnp.concatenate(parts))
+    error = _cuts.relative_error(target.whole, jnp.concatenate(parts))
     return StepTokenDecomposition(token, position, by_token, by_position, by_step_bias, bias, target.whole, error)
 
 
@@ -420,18 +467,17 @@ def _by_head(
     segments: Array | None,
     at: Array,
     station: Array,
-    index: Array,
-    number: Array,
+    repetition: Array,
+    layer_index: Array,
     *,
     slot: tuple[int, int],
 ) -> HeadDecomposition:
     target = _target(model, tokens, segments, at, station)
-    by_head, bias = target.head_parts(model.layers.at(Place(*slot, index)), number)
-    by_head, bias, whole = (
-        target.carry(part, 2 * number) for part in (by_head, bias, target.walk.moves[2 * number, target.at])
-    )
+    by_head, bias = target.head_parts(model.layers.at(Place(*slot, repetition)), layer_index)
+    step = 2 * layer_index
+    by_head, bias, whole = (target.carry(part, step) for part in (by_head, bias, target.walk.moves[step, target.at]))
     parts = jnp.concatenate([by_head.reshape(-1, model.width), bias[None]])
-    return HeadDecomposition(by_head, bias, whole, _cuts.error(whole, parts))
+    return HeadDecomposition(by_head, bias, whole, _cuts.relative_error(whole, parts))
 
 
 @functools.partial(jax.jit, static_argnames="slot")
@@ -442,14 +488,16 @@ def _by_neuron(
     segments: Array | None,
     at: Array,
     station: Array,
-    index: Array,
-    number: Array,
+    repetition: Array,
+    layer_index: Array,
     *,
     slot: tuple[int, int],
 ) -> NeuronDecomposition:
     target = _target(model, tokens, segments, at, station)
-    by_neuron, bias = target.neuron_parts(model.layers.at(Place(*slot, index)), number)
+    by_neuron, bias = target.neuron_parts(model.layers.at(Place(*slot, repetition)), layer_index)
+    step = 2 * layer_index + 1
     by_neuron, bias, whole = (
-        target.carry(part, 2 * number + 1) for part in (by_neuron, bias, target.walk.moves[2 * number + 1, target.at])
+        target.carry(part, step) for part in (by_neuron, bias, target.walk.moves[step, target.at])
     )
-    return NeuronDecomposition(by_neuron, bias, whole, _cuts.error(whole, jnp.concatenate([by_neuron, bias[None]])))
+    parts = jnp.concatenate([by_neuron, bias[None]])
+    return NeuronDecomposition(by_neuron, bias, whole, _cuts.relative_error(whole, parts))

@@ -1,7 +1,7 @@
-"""Gradients of path probabilities, and products with the Jacobian of the context vectors. Nothing is held here.
+"""Gradients of path probabilities, and products with the Jacobian of the context vectors. No coefficients are held.
 
-All functions take one path and are batched with `jax.vmap`. Fused kernels are replaced by their plain form. Units are
-nats, and units of embedding space, which token vectors and context vectors share.
+All functions take a single path; batch with `jax.vmap`. Fused kernels are replaced by their plain form. Units are nats,
+and units of embedding space, which token vectors and context vectors share.
 """
 
 import functools
@@ -24,20 +24,23 @@ from jaxwalk.paths.law import scores
 def path_gradient(
     model: Transformer, tokens: Tokens, given: Index = 1, segments: Segments | None = None
 ) -> Float[Array, "T D"]:
-    """d log P(path | the first `given` tokens) / d token vectors, in nats per unit of embedding space.
+    """Gradient of log P(path | the first `given` tokens) with respect to the token vectors, in nats per unit.
 
-    Entry j says how the path's probability changes as the j-th token's vector moves, as a point that is walked through;
-    the same vector's role as an output vector, where tied, is not part of it. The last token is not walked through: its
-    entry is zero.
+    Entry j is the change of the path's log-probability as the vector of the j-th token moves as an input of the walk.
+    The role of the same vector as an output vector, if embeddings are tied, is not included. The last token is not
+    walked, so its entry is zero.
 
     Args:
         model: the model.
         tokens: [T], the path, of at most max_length + 1 tokens.
-        given: how many tokens are given, at least 1.
+        given: the number of leading tokens that are conditioned on, at least 1.
         segments: [T], the document of each position.
 
+    Returns:
+        [T, D].
+
     Raises:
-        ValueError: for tokens that are no path of the model, and a `given` that is not from 1 to T.
+        ValueError: if `tokens` is not a path of the model, or `given` is not between 1 and T.
     """
     path = prepare(model, tokens, segments, longest=model.max_length + 1)
     given = check_given(given, path.length)
@@ -50,8 +53,8 @@ def _path_gradient(model: Transformer, tokens: Array, given: Any, count: Array, 
     vectors = token_vectors(model, tokens)
 
     def score(vectors: Array) -> Array:
-        altered = Interventions(), vectors, Matrices({}, {})
-        return scores(model, tokens, given, count, segments, altered).sum()
+        overrides = Interventions(), vectors, Matrices({}, {})
+        return scores(model, tokens, given, count, segments, overrides).sum()
 
     return jax.grad(score)(vectors)
 
@@ -64,16 +67,19 @@ def station_gradient(
     *,
     of: Callable[[Walk], Float[Array, ""]] | None = None,
 ) -> Float[Array, "S T D"]:
-    """d log P(path | given) / d nudge, in nats per unit: the gradient at every station, in one backward pass.
+    """Gradient of log P(path | given) with respect to a nudge at every station, in nats per unit, in one backward pass.
 
     Args:
         model, tokens, given, segments: as in `path_gradient`.
-        of: a scalar of the walk to differentiate instead, as in `lambda walk: walk.context[-1] @ direction`. All T
-            tokens are then walked, and `given` has no effect. It is part of the compiled program: pass the same
-            function object again to reuse it.
+        of: a scalar function of the walk to differentiate instead, such as `lambda walk: walk.context[-1] @ direction`.
+            All T tokens are then walked, and `given` has no effect. It is static in the compiled program: pass the same
+            function object to avoid recompilation.
+
+    Returns:
+        [S, T, D].
 
     Raises:
-        ValueError: for tokens that are no path of the model, and a `given` that is not from 1 to T.
+        ValueError: if `tokens` is not a path of the model, or `given` is not between 1 and T.
     """
     if of is not None:  # a function of the walk must see its true length
         path = prepare(model, tokens, segments, exact=True)
@@ -92,8 +98,8 @@ def _station_gradient(model: Transformer, tokens: Array, given: Any, count: Arra
     model = plain(model)
 
     def score(nudge: Array) -> Array:
-        altered = Interventions(nudge), None, Matrices({}, {})
-        return scores(model, tokens, given, count, segments, altered).sum()
+        overrides = Interventions(nudge), None, Matrices({}, {})
+        return scores(model, tokens, given, count, segments, overrides).sum()
 
     return jax.grad(score)(_zero_nudge(model, tokens))
 
@@ -109,9 +115,19 @@ def _station_gradient_of(
 def context_jvp(
     model: Transformer, tokens: Tokens, tangents: Float[Array, "T D"], segments: Segments | None = None
 ) -> Float[Array, "T D"]:
-    """J t: how the context vectors move as the token vectors move along `tangents`, by forward mode.
+    """Jacobian-vector product J t: how the context vectors change as the token vectors move along `tangents`.
 
-    Raises ValueError for tokens that are no path of the model, and a wrong shape.
+    Args:
+        model: the model.
+        tokens: [T], the path.
+        tangents: [T, D].
+        segments: [T], the document of each position.
+
+    Returns:
+        [T, D].
+
+    Raises:
+        ValueError: if `tokens` is not a path of the model, or a shape is wrong.
     """
     path = prepare(model, tokens, segments, tangents)
     check_shape("tangents", tangents, (path.length, model.width))
@@ -127,9 +143,19 @@ def _context_jvp(model: Transformer, tokens: Array, tangents: Array, segments: A
 def context_vjp(
     model: Transformer, tokens: Tokens, cotangents: Float[Array, "T D"], segments: Segments | None = None
 ) -> Float[Array, "T D"]:
-    """J' c: the gradient of sum(cotangents * contexts) with respect to the token vectors, by reverse mode.
+    """Vector-Jacobian product J' c: the gradient of sum(cotangents * contexts) with respect to the token vectors.
 
-    Raises ValueError for tokens that are no path of the model, and a wrong shape.
+    Args:
+        model: the model.
+        tokens: [T], the path.
+        cotangents: [T, D].
+        segments: [T], the document of each position.
+
+    Returns:
+        [T, D].
+
+    Raises:
+        ValueError: if `tokens` is not a path of the model, or a shape is wrong.
     """
     path = prepare(model, tokens, segments, cotangents)
     check_shape("cotangents", cotangents, (path.length, model.width))
@@ -143,18 +169,18 @@ def _context_vjp(model: Transformer, tokens: Array, cotangents: Array, segments:
 
 
 def token_vectors(model: Transformer, tokens: Tokens) -> Float[Array, "T D"]:
-    """The token vectors e_v of a checked path; zeros for ids out of range."""
+    """Token vectors e_v of a checked path; ids out of range are replaced by id 0."""
     ids = jnp.asarray(tokens)
     return jax.vmap(model.embed)(jnp.where((ids >= 0) & (ids < model.vocab_size), ids, 0))
 
 
 def contexts_of(model: Transformer, tokens: Array, segments: Array | None) -> Callable[[Array], Array]:
-    """The function that is differentiated: token vectors [T, D] -> context vectors [T, D], of a checked path."""
+    """The function token vectors [T, D] -> context vectors [T, D] of a checked path, for differentiation."""
     model = plain(model)
     documents = documents_of(segments, len(tokens))
 
     def contexts(vectors: Array) -> Array:
-        x = model.passed(model.embedded(tokens, documents, vectors), Mixer(model.layers, documents)).x
+        x = model.run_layers(model.embedded(tokens, documents, vectors), Mixer(model.layers, documents)).x
         missing = model.missing(tokens, documents)[:, None]
         return jnp.where(missing, jnp.nan, each_position(model.context)(x))
 

@@ -20,29 +20,32 @@ from jaxwalk.model.mixing import Mixer
 from jaxwalk.model.stack import Place
 from jaxwalk.model.transformer import Transformer
 
-BLOCKS, LONG = 8, 1 << 38
-"""Blocks of rows, each of which is differentiated over the path up to its end only: with 8, 9/16 of the work of one.
-They are compiled separately, so that there is one where the whole work is less than `LONG` multiplications."""
-TOGETHER = 1 << 21
-"""About how many numbers the arrays of the backward passes that run together may have: what caches hold."""
-JACOBIANS = 1 << 28
-"""How many numbers the Jacobians of the filter steps may have; with more, filters are differentiated as they are."""
+ROW_BLOCKS, SPLIT_WORK = 8, 1 << 38
+"""Rows are split into blocks, each differentiated only over the path up to its end: with 8, 9/16 of the work. Since
+blocks are compiled separately, there is one if the total work is below `SPLIT_WORK` multiplications."""
+BATCH_ELEMENTS = 1 << 21
+"""The approximate total size of the arrays of backward passes that are batched together: what fits in caches."""
+JACOBIAN_ELEMENTS = 1 << 28
+"""The largest total size of the Jacobians of the filter steps; beyond it, filters are differentiated as they are."""
 
 
 def context_sensitivity(model: Transformer, tokens: Tokens, segments: Segments | None = None) -> Float[Array, "T T"]:
-    """|d c_t / d token vector_j| in the Frobenius norm, row t, column j: how far moving a token moves each context.
+    """Influence map: the Frobenius norm of d context_t / d token vector_j, row t, column j.
 
-    Exact, by reverse mode: T x D backward passes, each over the path up to the end of its block of rows, some
-    directions at a time, in memory bounded by `TOGETHER` and `JACOBIANS`. Above the diagonal it is exactly zero. It is
-    the size of a local derivative, and no share of anything: rows do not sum to a whole.
+    Exact, by reverse mode: T x D backward passes, each over the path up to the end of its block of rows, several
+    directions at a time, in memory bounded by `BATCH_ELEMENTS` and `JACOBIAN_ELEMENTS`. Exactly zero above the
+    diagonal. It measures the size of a local derivative; the entries of a row are not shares of a total.
 
     Args:
         model: the model.
         tokens: [T], the path.
         segments: [T], the document of each position.
 
+    Returns:
+        [T, T].
+
     Raises:
-        ValueError: for tokens that are no path of the model.
+        ValueError: if `tokens` is not a path of the model.
     """
     path = prepare(model, tokens, segments)
     return path.cut(path.cut(_sensitivity(model, path.tokens, path.count, path.segments), 1))
@@ -52,9 +55,9 @@ def context_sensitivity(model: Transformer, tokens: Tokens, segments: Segments |
 def _sensitivity(model: Transformer, tokens: Array, count: Array, segments: Array | None) -> Array:
     T, model = len(tokens), plain(model)
     below = dataclasses.replace(model, layers=model.layers.all_but_last()) if model.depth else model
-    filters = _linear_filters(below, tokens, segments)
+    filters = _linearised_filters(below, tokens, segments)
     work = T**2 * model.width * sum(leaf.size for leaf in jax.tree.leaves(model.layers))
-    size = -(-T // max(1, min(BLOCKS, T // 4))) if work > LONG else T
+    size = -(-T // max(1, min(ROW_BLOCKS, T // 4))) if work > SPLIT_WORK else T
 
     def block(start: int) -> Callable[[], Array]:
         end = min(start + size, T)
@@ -78,12 +81,13 @@ def _rows(
     rows: Array,
     count: Array,
 ) -> Array:
-    """The stated rows; zeros for those from `count` on."""
+    """The requested rows of the map; zeros for those at or beyond `count`."""
     T, D, dtype = len(tokens), model.width, model.embed.table.dtype
     first = below.embedded(tokens, documents)
     x, pull_below = jax.vjp(lambda x: _through(below, x, documents, filters), first)
-    passes = -(-D // max(1, min(64, TOGETHER // (T * max(4 * T, D)))))  # as with four heads
-    together = -(-D // passes)
+    elements = T * max(4 * T, D)  # of the largest array of one pass, with four heads assumed
+    passes = -(-D // max(1, min(64, BATCH_ELEMENTS // elements)))
+    batch = -(-D // passes)
 
     def row(t: Array) -> Array:
         pull_last = jax.vjp(lambda x: _context(model, x, t, documents), x)[1]
@@ -93,21 +97,21 @@ def _rows(
             (pulled,) = jax.vmap(pull_below, 1, 1)(pulled)
             return squares + jnp.sum(pulled**2, axis=(1, 2)), None
 
-        directions = indices(passes * together).reshape(passes, together)
+        directions = indices(passes * batch).reshape(passes, batch)
         return jnp.sqrt(lax.scan(add, jnp.zeros(T, dtype), directions)[0])
 
     return lax.map(lambda t: lax.cond(t < count, row, lambda t: jnp.zeros(T, dtype), t), rows)
 
 
 def _through(model: Transformer, x: Array, documents: Documents, filters: Any) -> Array:
-    """The stream after all layers; the derivatives of filter steps are those of `filters`, if there are any."""
+    """The stream after all layers. Derivatives of filter steps are taken from `filters` if they are given."""
     mixer = Mixer(model.layers, documents)
 
-    def body(layer: Layer, place: Place, x: Array, linear: Any) -> tuple[Array, None]:
+    def body(layer: Layer, place: Place, x: Array, linearised: Any) -> tuple[Array, None]:
         def filter_step(source: Array) -> Array:
-            if linear is None:
+            if linearised is None:
                 return layer.filtered(source)
-            value, jacobian = linear
+            value, jacobian = linearised
             return value + jnp.einsum("tij,tj->ti", jacobian, source - lax.stop_gradient(source))
 
         combine = lambda aggregate, h: mixer.combine(aggregate, h, place, None, {})
@@ -117,7 +121,7 @@ def _through(model: Transformer, x: Array, documents: Documents, filters: Any) -
 
 
 def _context(model: Transformer, x: Float[Array, "T D"], t: Array, documents: Documents) -> Float[Array, " D"]:
-    """The context vector at t, from the stream before the last layer: of that layer, one row."""
+    """The context vector at t, from the stream before the last layer, of which a single row is computed."""
     if not model.depth:
         return model.context(x[t])
     layer = model.layers[-1]
@@ -125,13 +129,13 @@ def _context(model: Transformer, x: Float[Array, "T D"], t: Array, documents: Do
     return model.context(layer(x[t][None], lambda aggregate, h: (y[None], None)).stations[1, 0])
 
 
-def _linear_filters(model: Transformer, tokens: Array, segments: Array | None) -> Any:
-    """The values [L, T, D] and Jacobians [L, T, D, D] of the filter steps of this path; None if they are too large.
+def _linearised_filters(model: Transformer, tokens: Array, segments: Array | None) -> Any:
+    """The values [L, T, D] and Jacobians [L, T, D, D] of the filter steps on a path; None if they are too large.
 
-    An MLP of 4 D neurons has 8 D^2 weights, each of which a cotangent would meet: with T x D of them, that is most of
-    the work, and the Jacobian has been paid for by the first D.
+    Without Jacobians, each of the T x D cotangents would pass through the weights of the filter, 8 D^2 in an MLP with 4
+    D neurons, which is most of the work. Computing the Jacobians costs as much as the first D of them.
     """
-    if not model.depth or model.depth * len(tokens) * model.width**2 > JACOBIANS:
+    if not model.depth or model.depth * len(tokens) * model.width**2 > JACOBIAN_ELEMENTS:
         return None
     walk = model.walked(tokens, segments)
 

@@ -1,10 +1,10 @@
-"""Sweeps of interventions: what a change at each place of the walk, one at a time, does to a path's probability.
+"""Sweeps of interventions: the effect on a path's probability of a change at each place of the walk, one at a time.
 
-An intervention is an argument of the walk (`nudge`, `patch`, `mixing`) and its effect is a difference of
-`path_log_prob`, in nats, given the first tokens of the path. These functions make it everywhere, each in one compiled
-program, against a baseline of the same program that changes nothing, so that a change that changes nothing has no
-effect at all. Effects at different places do not sum to the effect of both. All raise ValueError for tokens that are
-no path of the model and for a `given` that is not from 1 to T, and are batched with `jax.vmap`.
+An intervention is an argument of the walk (`nudge`, `patch`, `mixing`), and its effect is a difference of
+`path_log_prob`, in nats, given the first tokens of the path. Each function sweeps over all places in one compiled
+program. The baseline is computed by the same program without a change, so that a change that has no effect gives
+exactly 0. Effects at different places do not sum to the effect of changing them together. All functions take a single
+path; batch with `jax.vmap`.
 """
 
 import functools
@@ -24,65 +24,70 @@ from jaxwalk.model.transformer import Transformer
 from jaxwalk.paths.law import log_probs_of, scored_steps, scores
 
 BATCH = 16
-"""How many changed walks are walked together."""
+"""The number of changed walks that are walked together."""
 
 
 def patch_effects(
     model: Transformer, tokens: Tokens, stations: Float[Array, "S T D"], given: Index = 1
 ) -> Float[Array, "S T"]:
-    """How log P(path | given) changes when one station at one position is replaced by that of `stations`.
+    """Change of log P(path | given) when one station at one position is replaced by that of `stations`.
 
     Args:
         model: the model.
         tokens: [T], the path.
-        stations: [S, T, D], such as those of another path of as many tokens.
-        given: how many tokens are given.
+        stations: [S, T, D], such as those of another path with the same number of tokens.
+        given: the number of leading tokens that are conditioned on.
 
     Returns:
-        [S, T], in nats. The last token is scored but not walked: its column is 0, and what `stations` holds there does
-        not matter.
+        [S, T], in nats. The last token is scored but not walked, so its column is 0, whatever `stations` holds there.
+
+    Raises:
+        ValueError: if `tokens` is not a path of the model, `given` is not between 1 and T, or a shape is wrong.
     """
-    path = _prepared(model, tokens, "stations", stations)
+    path = _prepare(model, tokens, "stations", stations)
     given = check_given(given, path.length)
     return path.cut(_patch_effects(model, path.tokens, given, path.count, path.pad(stations, 1)), 1)
 
 
 @jax.jit
 def _patch_effects(model: Transformer, tokens: Array, given: Any, count: Array, stations: Array) -> Array:
-    def altered(where: Array) -> Interventions:
+    def edits_at(where: Array) -> Interventions:
         return Interventions(where=where, by=stations.astype(model.embed.table.dtype))
 
-    return _station_effects(model, tokens, given, count, altered)
+    return _station_effects(model, tokens, given, count, edits_at)
 
 
 def nudge_effects(
     model: Transformer, tokens: Tokens, nudge: Float[Array, "S T D"], given: Index = 1
 ) -> Float[Array, "S T"]:
-    """How log P(path | given) changes when `nudge` is added at one station of one position.
+    """Change of log P(path | given) when `nudge` is added at one station of one position.
 
-    For small nudges that is their product with `station_gradient`. One steering vector [D] everywhere is
+    For small nudges, this is their product with `station_gradient`. To add one steering vector [D] everywhere, pass
     `jnp.broadcast_to(vector, (S, T, D))`.
 
     Args:
         model: the model.
         tokens: [T], the path.
         nudge: [S, T, D].
-        given: how many tokens are given.
+        given: the number of leading tokens that are conditioned on.
 
     Returns:
-        [S, T], in nats. The column of the last token, which is not walked, is 0.
+        [S, T], in nats. The last token is not walked, so its column is 0.
+
+    Raises:
+        ValueError: if `tokens` is not a path of the model, `given` is not between 1 and T, or a shape is wrong.
     """
-    path = _prepared(model, tokens, "nudge", nudge)
+    path = _prepare(model, tokens, "nudge", nudge)
     given = check_given(given, path.length)
     return path.cut(_nudge_effects(model, path.tokens, given, path.count, path.pad(nudge, 1)), 1)
 
 
 @jax.jit
 def _nudge_effects(model: Transformer, tokens: Array, given: Any, count: Array, nudge: Array) -> Array:
-    def altered(where: Array) -> Interventions:
+    def edits_at(where: Array) -> Interventions:
         return Interventions(nudge=nudge.astype(model.embed.table.dtype), nudge_where=where)
 
-    return _station_effects(model, tokens, given, count, altered)
+    return _station_effects(model, tokens, given, count, edits_at)
 
 
 def mixing_effects(
@@ -91,17 +96,20 @@ def mixing_effects(
     replacement: Callable[[Float[Array, "G T T"]], Float[Array, "G T T"]],
     given: Index = 1,
 ) -> Float[Array, "L G"]:
-    """How log P(path | given) changes when the pattern of one head (or channel) of one layer is replaced.
+    """Change of log P(path | given) when the mixing matrix of one head (or channel) of one layer is replaced.
 
     Args:
         model: the model.
         tokens: [T], the path.
-        replacement: from the patterns of a layer to the new ones. It is part of the compiled program: pass the same
-            function object again to reuse it.
-        given: how many tokens are given.
+        replacement: maps the mixing matrices [G, T-1, T-1] of a layer to their replacements. It is static in the
+            compiled program: pass the same function object to avoid recompilation.
+        given: the number of leading tokens that are conditioned on.
 
     Returns:
-        [L, G], in nats. G is the most heads that a layer has; where a layer has fewer, NaN.
+        [L, G], in nats. G is the largest number of heads in any layer; NaN for heads that a layer does not have.
+
+    Raises:
+        ValueError: if `tokens` is not a path of the model, `given` is not between 1 and T, or a shape is wrong.
     """
     path = prepare(model, tokens, longest=model.max_length + 1, exact=True)
     given = check_given(given, path.length)
@@ -113,49 +121,49 @@ def _mixing_effects(model: Transformer, tokens: Array, given: Any, *, replacemen
     heads = []
     for block in model.layers.blocks:
         heads += [_heads(block.layer(member, 0), model.width) for member in range(len(block.period))] * block.repeats
-    most = max(heads, default=0)
+    max_heads = max(heads, default=0)
     before, after = tokens[:-1], tokens[1:]
-    possible = (given >= 1) & (given <= len(tokens))
+    valid = (given >= 1) & (given <= len(tokens))
 
     def score(place: Array) -> Array:
-        def every(number: Any, A: Array) -> Array:
-            other = replacement(A)
-            check_shape("replacement", other, A.shape)
-            chosen = indices(A.shape[0]) == place - number * most
-            return jnp.where(chosen[:, None, None], other, A)
+        def override(layer_index: Any, A: Array) -> Array:
+            replaced = replacement(A)
+            check_shape("replacement", replaced, A.shape)
+            chosen = indices(A.shape[0]) == place - layer_index * max_heads
+            return jnp.where(chosen[:, None, None], replaced, A)
 
-        terms = log_probs_of(model, model.walked(before, every=every).context, after)
-        return jnp.where(scored_steps(len(tokens), given), terms, 0).sum() * jnp.where(possible, 1, jnp.nan)
+        terms = log_probs_of(model, model.walked(before, every=override).context, after)
+        return jnp.where(scored_steps(len(tokens), given), terms, 0).sum() * jnp.where(valid, 1, jnp.nan)
 
-    effects = _effects(score, model.depth * most).reshape(model.depth, most)
-    return jnp.where(indices(most)[None] < jnp.array(heads, int).reshape(-1, 1), effects, jnp.nan)
+    effects = _sweep(score, model.depth * max_heads).reshape(model.depth, max_heads)
+    return jnp.where(indices(max_heads)[None] < jnp.array(heads, int).reshape(-1, 1), effects, jnp.nan)
 
 
 def _heads(layer: Layer, width: int) -> int:
-    """G of a layer."""
+    """The number of heads (or channels) of a layer."""
     x = jax.ShapeDtypeStruct((1, width), jnp.float32)
     return jax.eval_shape(lambda x: layer.aggregate.mixing(x), x).shape[0]
 
 
-def _prepared(model: Transformer, tokens: Tokens, what: str, stations: Array) -> Path:
+def _prepare(model: Transformer, tokens: Tokens, name: str, stations: Array) -> Path:
     path = prepare(model, tokens, None, stations, longest=model.max_length + 1)
-    check_shape(what, stations, (model.stations, path.length, model.width))
+    check_shape(name, stations, (model.stations, path.length, model.width))
     return path
 
 
 def _station_effects(
-    model: Transformer, tokens: Array, given: Any, count: Array, altered: Callable[[Array], Interventions]
+    model: Transformer, tokens: Array, given: Any, count: Array, edits_at: Callable[[Array], Interventions]
 ) -> Float[Array, "S T"]:
     S, T = model.stations, len(tokens)
 
     def score(place: Array) -> Array:
         where = (indices(S * T) == place).reshape(S, T)
-        return scores(model, tokens, given, count, None, (altered(where), None, Matrices({}, {}))).sum()
+        return scores(model, tokens, given, count, None, (edits_at(where), None, Matrices({}, {}))).sum()
 
-    return _effects(score, S * T).reshape(S, T)
+    return _sweep(score, S * T).reshape(S, T)
 
 
-def _effects(score: Callable[[Array], Array], places: int) -> Float[Array, " places"]:
-    """The score with a change at each place, minus that of the same program with no change, at place -1."""
-    scored = map_in_batches(score, indices(-1, places), BATCH)
-    return scored[1:] - scored[0]
+def _sweep(score: Callable[[Array], Array], places: int) -> Float[Array, " places"]:
+    """The score with a change at each place, minus the score without a change: place -1 of the same program."""
+    scores_at = map_in_batches(score, indices(-1, places), BATCH)
+    return scores_at[1:] - scores_at[0]

@@ -1,10 +1,10 @@
-"""Lenses: what each station of a walk would predict; and the metric that laws induce on the space of stations.
+"""Lenses: what each station of a walk would predict; and the metric that next-token laws induce on stations.
 
-A lens reads a station as if it were the last one, through an affine map for each station: the identity (the logit lens,
+A lens reads a station as if it were the last one, after an affine map for each station: the identity (the logit lens,
 nostalgebraist 2020), the mean derivative of the last station (a Jacobian lens), the least-squares map (Din et al.,
-arXiv 2303.09435), or the map whose law is nearest to the final one (the tuned lens, Belrose et al., arXiv 2303.08112).
-The model's own final norm and output map follow. The last station has no map: there every lens is the model itself.
-Units: nats, and sqrt(nats) for lengths.
+arXiv 2303.09435), or the map whose law is closest to the final one (the tuned lens, Belrose et al., arXiv 2303.08112).
+The model's own final norm and output map follow. The last station has no map: every lens reads it as the model does.
+Units are nats, and sqrt(nats) for lengths.
 """
 
 import functools
@@ -29,9 +29,11 @@ from jaxwalk.paths.law import entropy, expectation
 
 
 class Lens(NamedTuple):
-    """Maps from each station s but the last to the last one, x -> weight[s] x + bias[s]; None is the identity.
+    """An affine map x -> weight[s] x + bias[s] from each station s but the last to the last station.
 
-    weight: [S-1, D, D]. bias: [S-1, D].
+    Attributes:
+        weight: [S-1, D, D]; None is the identity.
+        bias: [S-1, D]; None is zero.
     """
 
     weight: Float[Array, "S-1 D D"] | None = None
@@ -39,8 +41,13 @@ class Lens(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a lens reads at stations [S, N]: the entropy of its law, KL(final || lens) in nats, and the rank in it of
-    the final law's most probable token."""
+    """What a lens reads at N places of each station.
+
+    Attributes:
+        entropy: [S, N], the entropy of the lens's law, in nats.
+        kl: [S, N], KL(final law || lens's law), in nats.
+        rank: [S, N], the rank in the lens's law of the final law's most probable token; 0 is the top.
+    """
 
     entropy: Float[Array, "S N"]
     kl: Float[Array, "S N"]
@@ -48,15 +55,24 @@ class Reading(NamedTuple):
 
 
 LOGIT_LENS = Lens()
+"""The identity at every station."""
 
 
 def lens_log_probs(model: Transformer, lens: Lens, stations: Float[Array, "S N D"]) -> Float[Array, "S N V"]:
-    """log p(v) at each of N places by the law of each station, in nats. For large V, `read` keeps less.
+    """Log-probabilities log p(v) at N places under the law that a lens reads at each station, in nats.
+
+    If V is large, `read` uses far less memory.
 
     Args:
         model: the model.
-        lens: of this model.
+        lens: a lens of this model.
         stations: [S, N, D].
+
+    Returns:
+        [S, N, V].
+
+    Raises:
+        ValueError: if the shape is wrong.
     """
     _check_stations(model, stations)
     return _lens_log_probs(model, lens, stations)
@@ -64,45 +80,65 @@ def lens_log_probs(model: Transformer, lens: Lens, stations: Float[Array, "S N D
 
 @jax.jit
 def _lens_log_probs(model: Transformer, lens: Lens, stations: Array) -> Array:
-    mapped = jnp.concatenate([jax.vmap(_translated)(stations[:-1], lens), stations[-1:]])
-    return jax.lax.map(lambda x: _law(model, x), mapped)
+    mapped = jnp.concatenate([jax.vmap(_mapped)(stations[:-1], lens), stations[-1:]])
+    return lax.map(lambda x: _law(model, x), mapped)
 
 
 @jax.jit
 def read(model: Transformer, lens: Lens, stations: Float[Array, "S N D"]) -> Reading:
-    """What `lens` reads at N places, one station at a time, as laws are large. At the last station the KL is 0."""
+    """What `lens` reads at N places. The KL at the last station is 0.
+
+    Stations are read one at a time, since an array of laws is large.
+
+    Args:
+        model: the model.
+        lens: a lens of this model.
+        stations: [S, N, D].
+
+    Returns:
+        The reading, [S, N] each.
+    """
     final = _law(model, stations[-1])
     top = final.argmax(-1, keepdims=True)
 
-    def of(log_p: Float[Array, "N V"]) -> Reading:
+    def summary(log_p: Float[Array, "N V"]) -> Reading:
         return Reading(entropy(log_p), expectation(final, final - log_p), _rank(log_p, top))
 
-    before = lax.map(lambda args: of(_law(model, _translated(*args))), (stations[:-1], lens))
-    return Reading(*(jnp.concatenate([b, last[None]]) for b, last in zip(before, of(final), strict=True)))
+    before = lax.map(lambda args: summary(_law(model, _mapped(*args))), (stations[:-1], lens))
+    return Reading(*(jnp.concatenate([b, last[None]]) for b, last in zip(before, summary(final), strict=True)))
 
 
 @jax.jit
 def read_steps(
     model: Transformer, stations: Float[Array, "S N D"]
 ) -> tuple[Reading, Float[Array, "S-1 N"], Float[Array, "S-1 N"]]:
-    """What the logit lens reads at N places, and `fisher_lengths` and `step_divergences` there, computing each law
-    once.
+    """What the logit lens reads at N places, with `fisher_lengths` and `step_divergences`, computing each law once.
 
-    For large V the laws are nearly all the work: three separate passes would compute those of each station five times.
+    If V is large, computing laws is nearly all the work, and three separate passes would compute that of each station
+    five times.
+
+    Args:
+        model: the model.
+        stations: [S, N, D].
+
+    Returns:
+        The reading, [S, N] each, the Fisher lengths [S-1, N] and the divergences [S-1, N].
     """
     final = _law(model, stations[-1])
     top = final.argmax(-1, keepdims=True)
 
-    def of(log_p: Float[Array, "N V"]) -> tuple[Array, Array, Array]:
+    def summary(log_p: Float[Array, "N V"]) -> tuple[Array, Array, Array]:
         return entropy(log_p), expectation(final, final - log_p), _rank(log_p, top)
 
-    def back(after: Array, pair: tuple[Array, Array]) -> tuple[Array, tuple[Array, ...]]:
+    def read_backwards(after: Array, pair: tuple[Array, Array]) -> tuple[Array, tuple[Array, ...]]:
         station, step = pair
         log_p, change = jax.jvp(lambda x: _law(model, x), (station,), (step,))
-        return log_p, (*of(log_p), _deviation(log_p, change), expectation(log_p, log_p - after))
+        return log_p, (*summary(log_p), _deviation(log_p, change), expectation(log_p, log_p - after))
 
-    _, (*before, fisher, divergence) = lax.scan(back, final, (stations[:-1], jnp.diff(stations, axis=0)), reverse=True)
-    reading = (jnp.concatenate([b, last[None]]) for b, last in zip(before, of(final), strict=True))
+    _, (*before, fisher, divergence) = lax.scan(
+        read_backwards, final, (stations[:-1], jnp.diff(stations, axis=0)), reverse=True
+    )
+    reading = (jnp.concatenate([b, last[None]]) for b, last in zip(before, summary(final), strict=True))
     return Reading(*reading), fisher, divergence
 
 
@@ -111,15 +147,19 @@ def jacobian_lens(
 ) -> Lens:
     """The first-order lens: the mean derivative of the last station with respect to each station of the same position.
 
-    The bias makes it exact at the mean of the stations. It takes D backward passes a path, all stations in each.
+    The bias makes it exact at the mean of the stations. Takes D backward passes per path, each of which covers all
+    stations.
 
     Args:
         model: the model.
-        paths: [n, T], none longer than max_length.
-        at: [n], the position of each path.
+        paths: [n, T], of at most max_length tokens each.
+        at: [n], the position in each path.
+
+    Returns:
+        The lens.
 
     Raises:
-        ValueError: for ids or positions out of range, and shapes that do not match.
+        ValueError: if ids or positions are out of range, or shapes do not match.
     """
     paths, at = (a if is_traced(a) else np.asarray(a) for a in (paths, at))
     if paths.ndim != 2 or at.shape != paths.shape[:1] or not 0 < paths.shape[1] <= model.max_length or not len(paths):
@@ -127,9 +167,9 @@ def jacobian_lens(
             f"paths, at: expected [n, T] with T up to {model.max_length} and [n], at least one path, got "
             f"{paths.shape} and {at.shape}."
         )
-    for what, values, size in (("paths", paths, model.vocab_size), ("at", at, paths.shape[1])):
+    for name, values, size in (("paths", paths, model.vocab_size), ("at", at, paths.shape[1])):
         if not is_traced(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
-            raise ValueError(f"{what}: expected from 0 to {size - 1}, got {values.min()} to {values.max()}.")
+            raise ValueError(f"{name}: expected from 0 to {size - 1}, got {values.min()} to {values.max()}.")
     return _jacobian_lens(model, paths, at)
 
 
@@ -139,37 +179,40 @@ def _jacobian_lens(model: Transformer, paths: Array, at: Array) -> Lens:
     D, S, dtype = model.width, model.stations, model.embed.table.dtype
     documents = documents_of(None, paths.shape[1])
 
-    def one(total: tuple[Array, Array], item: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+    def add_path(total: tuple[Array, Array], item: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         path, t = item
-        here = jnp.broadcast_to((indices(len(path)) == t)[None], (S, len(path)))
+        at_position = jnp.broadcast_to((indices(len(path)) == t)[None], (S, len(path)))
 
-        def last(nudge: Array) -> tuple[Array, Array]:
-            edits = Interventions(nudge=nudge[:, None], nudge_where=here)
+        def last_station(nudge: Array) -> tuple[Array, Array]:
+            edits = Interventions(nudge=nudge[:, None], nudge_where=at_position)
             x = edits.apply(model.embedded(path, documents), 0)
             by_layer = jax.tree.map(lambda a: a[1:].reshape(model.depth, 2, *a.shape[1:]), edits)
-            passed = model.passed(x, Mixer(model.layers, documents), by_layer, keep=lambda pair: pair[:, t])
-            later = jnp.zeros((0, D), dtype) if passed.kept is None else passed.kept[0].reshape(-1, D)
+            output = model.run_layers(x, Mixer(model.layers, documents), by_layer, collect=lambda pair: pair[:, t])
+            later = jnp.zeros((0, D), dtype) if output.collected is None else output.collected[0].reshape(-1, D)
             stations = jnp.concatenate([x[t][None], later])
             return stations[-1], stations
 
-        _, pull, stations = jax.vjp(last, jnp.zeros((S, D), dtype), has_aux=True)
+        _, pull, stations = jax.vjp(last_station, jnp.zeros((S, D), dtype), has_aux=True)
         rows = map_in_batches(lambda e: pull(e)[0][:-1], jnp.eye(D, dtype=dtype), 16)
         add = lambda a, b: a + b.astype(a.dtype)
         return jax.tree.map(add, total, (rows.swapaxes(0, 1), stations)), None
 
     start = jnp.zeros((S - 1, D, D), wide(dtype)), jnp.zeros((S, D), wide(dtype))
-    (weight, mean), _ = lax.scan(one, start, (paths, at))
+    (weight, mean), _ = lax.scan(add_path, start, (paths, at))
     weight, mean = weight / len(paths), mean / len(paths)
     return Lens(weight, mean[-1] - jnp.einsum("sij,sj->si", weight, mean[:-1]))
 
 
 @jax.jit
 def least_squares_lens(stations: Float[Array, "S N D"], ridge: float | Array = 1e-4) -> Lens:
-    """The affine maps that predict the last station with the least squared error at N places, by ridge regression.
+    """The affine maps that predict the last station with least squared error at N places, by ridge regression.
 
     Args:
         stations: [S, N, D].
-        ridge: in units of the mean variance of a station's coordinates.
+        ridge: the strength of the regularisation, relative to the mean variance of a station's coordinates.
+
+    Returns:
+        The lens.
     """
 
     def fit(x: Float[Array, "N D"]) -> tuple[Array, Array]:
@@ -194,14 +237,21 @@ def tuned_lens(
     batch: int = 256,
     learning_rate: float = 3e-3,
 ) -> Lens:
-    """The maps whose laws are nearest to the final law at N places: least mean KL(final || lens), by Adam.
+    """The affine maps whose laws are closest to the final law at N places: least mean KL(final || lens), by Adam.
 
     Args:
         model: the model.
         stations: [S, N, D].
         key: a `jax.random` key.
-        steps, batch: of places drawn at random. The maps start as the identity, which is the logit lens.
-        learning_rate: at the start of a cosine decay to 0.
+        steps: the number of optimisation steps. The maps start as the identity, which is the logit lens.
+        batch: the number of places drawn at random in each step.
+        learning_rate: the initial learning rate of a cosine decay to 0.
+
+    Returns:
+        The lens.
+
+    Raises:
+        ValueError: if the shape is wrong.
     """
     _check_stations(model, stations)
     return _tuned_lens(model, stations, key, learning_rate, steps=steps, batch=batch)
@@ -211,52 +261,68 @@ def tuned_lens(
 def _tuned_lens(
     model: Transformer, stations: Array, key: Key, learning_rate: float | Array, *, steps: int, batch: int
 ) -> Lens:
-    optimiser = optax.scale_by_adam()
+    optimizer = optax.scale_by_adam()
     decay = optax.cosine_decay_schedule(1.0, steps)
     D, N = stations.shape[-1], stations.shape[1]
 
     def fit(args: tuple[Array, Array]) -> Lens:
         x, key = args
 
-        def loss(lens: Lens, chosen: Array) -> Array:
-            final = _law(model, stations[-1, chosen])
-            return expectation(final, final - _law(model, _translated(x[chosen], lens))).mean()
+        def loss(lens: Lens, places: Array) -> Array:
+            final = _law(model, stations[-1, places])
+            return expectation(final, final - _law(model, _mapped(x[places], lens))).mean()
 
         def step(
             carry: tuple[Lens, optax.OptState], args: tuple[Array, Array]
         ) -> tuple[tuple[Lens, optax.OptState], None]:
-            (lens, state), (number, key) = carry, args
+            (lens, state), (i, key) = carry, args
             gradient = jax.grad(loss)(lens, jax.random.randint(key, (min(batch, N),), 0, N))
-            updates, state = optimiser.update(gradient, state, lens)
-            rate = learning_rate * decay(number)
+            updates, state = optimizer.update(gradient, state, lens)
+            rate = learning_rate * decay(i)
             return (jax.tree.map(lambda a, u: a - (rate * u).astype(a.dtype), lens, updates), state), None
 
         identity = Lens(jnp.eye(D, dtype=x.dtype), jnp.zeros(D, x.dtype))
-        numbered = indices(steps), jax.random.split(key, steps)
-        return lax.scan(step, (identity, optimiser.init(identity)), numbered)[0][0]  # type: ignore[arg-type]
+        items = indices(steps), jax.random.split(key, steps)
+        return lax.scan(step, (identity, optimizer.init(identity)), items)[0][0]  # type: ignore[arg-type]
 
     return lax.map(fit, (stations[:-1], jax.random.split(key, len(stations) - 1)))
 
 
 @jax.jit
 def fisher_lengths(model: Transformer, stations: Float[Array, "S D"]) -> Float[Array, " S-1"]:
-    """The length of each step of a walk in the metric of the laws that its stations would give, in sqrt(nats).
+    """The length of each step of a walk in the Fisher metric of the laws read at its stations, in sqrt(nats).
 
-    sqrt(delta' G delta) with G = J' (diag p - p p') J and J the derivative of the logits at the station that the step
-    leaves: the standard deviation, under its law, of how fast the logits change. Half its square is KL(law of the
-    station || law of the next) to second order in the step; see `step_divergences`.
+    sqrt(delta' G delta) for a step delta, with G = J' (diag p - p p') J and J the derivative of the logits at the
+    station where the step starts. This is the standard deviation, under that station's law, of the derivative of the
+    logits along the step. Half its square is KL(law of the station || law of the next) to second order in the step; see
+    `step_divergences`.
+
+    Args:
+        model: the model.
+        stations: [S, D].
+
+    Returns:
+        [S-1].
     """
 
-    def one(pair: tuple[Array, Array]) -> Array:
+    def length(pair: tuple[Array, Array]) -> Array:
         station, step = pair
         return _deviation(*jax.jvp(lambda x: _law(model, x), (station,), (step,)))
 
-    return lax.map(one, (stations[:-1], jnp.diff(stations, axis=0)))
+    return lax.map(length, (stations[:-1], jnp.diff(stations, axis=0)))
 
 
 @jax.jit
 def step_divergences(model: Transformer, stations: Float[Array, "S D"]) -> Float[Array, " S-1"]:
-    """KL(law of a station || law of the next) for each step of a walk, both read by the logit lens, in nats."""
+    """KL(law of a station || law of the next) for each step of a walk, both read by the logit lens, in nats.
+
+    Args:
+        model: the model.
+        stations: [S, D].
+
+    Returns:
+        [S-1].
+    """
     log_p = _law(model, stations)
     return expectation(log_p[:-1], log_p[:-1] - log_p[1:])
 
@@ -272,14 +338,14 @@ def _law(model: Transformer, stations: Float[Array, "*n D"]) -> Float[Array, "*n
     return read(stations)
 
 
-def _translated(x: Float[Array, "N D"], lens: Lens) -> Float[Array, "N D"]:
-    """Stations through the map of one station."""
+def _mapped(x: Float[Array, "N D"], lens: Lens) -> Float[Array, "N D"]:
+    """Stations mapped by a lens for a single station, weight [D, D] and bias [D]."""
     y = x if lens.weight is None else x @ lens.weight.astype(x.dtype).T
     return y if lens.bias is None else y + lens.bias.astype(x.dtype)
 
 
 def _deviation(log_p: Float[Array, "*n V"], change: Float[Array, "*n V"]) -> Float[Array, "*n"]:
-    """The standard deviation of `change` under the law p; what all tokens have in common does not count."""
+    """The standard deviation of `change` under the law p. Adding a constant to all tokens does not affect it."""
     p = jnp.exp(log_p.astype(wide(log_p.dtype)))
     return jnp.sqrt(jnp.sum(p * (change - jnp.sum(p * change, axis=-1, keepdims=True)) ** 2, axis=-1))
 

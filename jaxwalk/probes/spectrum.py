@@ -1,4 +1,4 @@
-"""The spectrum of the derivative of one context vector with respect to one token vector, matrix-free."""
+"""The spectrum of the Jacobian of one context vector with respect to one token vector, matrix-free."""
 
 import functools
 from typing import NamedTuple
@@ -15,10 +15,13 @@ from jaxwalk.probes.gradients import contexts_of, token_vectors
 
 
 class Spectrum(NamedTuple):
-    """The largest singular values of a Jacobian J [D, D], with their vectors: J right_i = values_i left_i.
+    """The largest singular values of a Jacobian J [D, D] with their vectors: J right_i = values_i left_i.
 
-    values: [k], in decreasing order. left: [k, D], how the context vector moves. right: [k, D], along which the token
-    vector moves. residual: [k], a bound on the error of each value: |J' left_i - values_i right_i|.
+    Attributes:
+        values: [k], in decreasing order.
+        left: [k, D], unit directions in which the context vector moves.
+        right: [k, D], unit directions in which the token vector moves.
+        residual: [k], |J' left_i - values_i right_i|, a bound on the error of each value.
     """
 
     values: Float[Array, " k"]
@@ -39,20 +42,24 @@ def context_spectrum(
 ) -> Spectrum:
     """The top k singular values and vectors of d context_at / d token vector_source, without forming the Jacobian.
 
-    Golub-Kahan-Lanczos bidiagonalisation with full reorthogonalisation: each step is one Jacobian-vector product each
-    way. A source after `at` has a spectrum of zeros.
+    Golub-Kahan-Lanczos bidiagonalisation with full reorthogonalisation. Each step takes one Jacobian-vector and one
+    vector-Jacobian product. The spectrum is zero if `source` comes after `at`.
 
     Args:
         model: the model.
         tokens: [T], the path.
-        source: the position of the token vector that moves.
+        source: the position of the token vector.
         at: the position of the context vector.
-        k: how many singular values, from 1 to D.
-        steps: of the iteration; by default 2k + 16, at most D. Take more where `residual` is too large.
+        k: the number of singular values, from 1 to D.
+        steps: the number of iterations, from k to D; by default 2k + 16, at most D. Increase it if `residual` is too
+            large.
         segments: [T], the document of each position.
 
+    Returns:
+        The singular values and vectors.
+
     Raises:
-        ValueError: for positions that do not exist, and a k or steps out of range.
+        ValueError: if `tokens` is not a path of the model, a position does not exist, or k or steps is out of range.
     """
     path = prepare(model, tokens, segments, source, at)
     D = model.width
@@ -67,16 +74,16 @@ def context_spectrum(
 def _spectrum(
     model: Transformer, tokens: Array, segments: Array | None, source: Array, at: Array, *, k: int, steps: int
 ) -> Spectrum:
-    tokens = jnp.where((source < 0) | (at < 0), -1, tokens)  # at a position that does not exist everything is NaN
+    tokens = jnp.where((source < 0) | (at < 0), -1, tokens)  # an index out of range makes everything NaN
     vectors = token_vectors(model, tokens)
     contexts = contexts_of(model, tokens, segments)
     _, push = jax.linearize(lambda v: contexts(vectors.at[source].set(v))[at], vectors[source])
     pull = jax.linear_transpose(push, vectors[source])
     D, dtype = model.width, vectors.dtype
 
-    def orthogonal(x: Array, basis: Array) -> tuple[Array, Array]:
-        """x without its part in the rows of `basis`, as a unit vector, and its length. Twice is enough."""
-        for _ in range(2):
+    def orthogonalised(x: Array, basis: Array) -> tuple[Array, Array]:
+        """x orthogonalised against the rows of `basis`, as a unit vector, and its length before normalisation."""
+        for _ in range(2):  # once leaves rounding errors; twice is enough
             x = x - (basis @ x) @ basis
         length = jnp.linalg.norm(x)
         return x / jnp.maximum(length, jnp.finfo(dtype).tiny), length
@@ -84,9 +91,9 @@ def _spectrum(
     def step(carry: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
         left, right, v = carry
         right = right.at[i].set(v)
-        u, alpha = orthogonal(push(v), left)
+        u, alpha = orthogonalised(push(v), left)
         left = left.at[i].set(u)
-        v, beta = orthogonal(pull(u)[0], right)
+        v, beta = orthogonalised(pull(u)[0], right)
         return (left, right, v), (alpha, beta)
 
     empty = jnp.zeros((steps, D), dtype)

@@ -1,7 +1,7 @@
-"""Walks on disk: chosen stations, context vectors and mixing matrices of many paths.
+"""Walks on disk: selected stations, context vectors and mixing matrices of many paths.
 
-Paths are walked in batches, each of which is written as it is computed, so that memory holds one batch. They are read
-back as memory-mapped arrays. There is one `.npy` file per array, which any tool opens.
+Paths are walked in batches, and each batch is written as soon as it is computed, so that memory holds one batch. The
+arrays are `.npy` files, which are read back memory-mapped.
 """
 
 import functools
@@ -19,14 +19,18 @@ from jaxtyping import Array, Int
 from jaxwalk.model.transformer import Transformer
 
 FORMAT = 1
-"""Version of the folder's layout; a newer one cannot be read."""
+"""Version of the folder's layout. A newer version cannot be read."""
 
 
 class WalkStore(NamedTuple):
-    """Walks of n paths of T tokens, memory-mapped; row i of every array is path i.
+    """Memory-mapped walks of n paths of T tokens. Row i of every array belongs to path i.
 
-    tokens: [n, T]. stations: [n, len(station_numbers), T, D]. station_numbers: their numbers, from 0 to S-1. context:
-    [n, T, D], or None. mixing: {layer: [n, G, T, T]}.
+    Attributes:
+        tokens: [n, T].
+        stations: [n, len(station_numbers), T, D].
+        station_numbers: the indices of the stored stations, from 0 to S-1.
+        context: [n, T, D], or None.
+        mixing: {layer: [n, G, T, T]}.
     """
 
     tokens: np.ndarray
@@ -47,26 +51,26 @@ def write_walks(
     dtype: Any = np.float32,
     batch: int = 64,
 ) -> WalkStore:
-    """Walk `paths` and write the chosen arrays into `folder`, which must be new or empty.
+    """Walk `paths` and write the selected arrays into `folder`, which must be new or empty.
 
     A folder whose writing was interrupted cannot be opened.
 
     Args:
         model: the model.
-        paths: [n, T], none longer than max_length.
-        folder: where to write.
-        stations: numbers from 0 to S-1; by default all.
+        paths: [n, T], of at most max_length tokens each.
+        folder: the folder to write to.
+        stations: indices of the stations to write, from 0 to S-1; by default all.
         context: whether to write the context vectors.
         mixing: the layers whose mixing matrices are written.
-        dtype: of the files.
-        batch: how many paths are walked together.
+        dtype: the dtype of the files.
+        batch: the number of paths that are walked together.
 
     Returns:
         The store, memory-mapped.
 
     Raises:
-        ValueError: for stations, layers or tokens that do not exist.
-        FileExistsError: for a folder that is not empty.
+        ValueError: if a station, layer or token does not exist, or paths are too long.
+        FileExistsError: if the folder is not empty.
     """
     rows = np.asarray(paths)
     if rows.ndim != 2 or not rows.size or not np.issubdtype(rows.dtype, np.integer):
@@ -78,10 +82,10 @@ def write_walks(
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}.")
     S = 2 * model.depth + 1
-    numbers = tuple(range(S)) if stations is None else tuple(stations)
-    for what, chosen, size in (("stations", numbers, S), ("mixing", tuple(mixing), model.depth)):
-        if wrong := [number for number in chosen if not 0 <= number < size]:
-            raise ValueError(f"{what}: expected numbers from 0 to {size - 1}, got {', '.join(map(str, wrong))}.")
+    station_numbers = tuple(range(S)) if stations is None else tuple(stations)
+    for name, selected, size in (("stations", station_numbers, S), ("mixing", tuple(mixing), model.depth)):
+        if wrong := [index for index in selected if not 0 <= index < size]:
+            raise ValueError(f"{name}: expected numbers from 0 to {size - 1}, got {', '.join(map(str, wrong))}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -90,20 +94,25 @@ def write_walks(
     batch = min(batch, len(rows))
     files: dict[str, np.memmap] = {}
     for start in range(0, len(rows), batch):
-        first = min(start, len(rows) - batch)  # the last batch overlaps the one before, so that all have one size
+        first = min(start, len(rows) - batch)  # the last batch overlaps the previous one, to have the same size
         arrays = _walks(
-            model, jnp.asarray(rows[first : first + batch]), stations=numbers, context=context, mixing=tuple(mixing)
+            model,
+            jnp.asarray(rows[first : first + batch]),
+            stations=station_numbers,
+            context=context,
+            mixing=tuple(mixing),
         )
         for name, values in arrays.items():
             if name not in files:
-                kind = rows.dtype if name == "tokens" else np.dtype(dtype)
+                file_dtype = rows.dtype if name == "tokens" else np.dtype(dtype)
                 shape = (len(rows), *values.shape[1:])
-                files[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
+                files[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", file_dtype, shape)
             files[name][start : start + batch] = np.asarray(values)[start - first :]
     for file in files.values():
         file.flush()
-    about = {"format": FORMAT, "stations": list(numbers), "context": context, "mixing": list(mixing)}
-    (folder / "walks.json").write_text(json.dumps(about), "utf-8")  # written last: it marks the folder as complete
+    metadata = {"format": FORMAT, "stations": list(station_numbers), "context": context, "mixing": list(mixing)}
+    # Written last: it marks the folder as complete.
+    (folder / "walks.json").write_text(json.dumps(metadata), "utf-8")
     return read_walks(folder)
 
 
@@ -119,18 +128,23 @@ def _walks(
 
 
 def read_walks(folder: str | os.PathLike[str]) -> WalkStore:
-    """The walks in `folder`, memory-mapped. Raises FileNotFoundError unless they were written completely."""
+    """The walks in `folder`, memory-mapped.
+
+    Raises:
+        FileNotFoundError: if the folder holds no walks, or writing them was interrupted.
+        ValueError: if they were written in a newer format.
+    """
     folder = Path(folder)
     if not (folder / "walks.json").is_file():
         raise FileNotFoundError(f"{folder}: expected walks.json, which write_walks writes last. Write them again.")
-    about = json.loads((folder / "walks.json").read_text("utf-8"))
-    if about["format"] > FORMAT:
-        raise ValueError(f"{folder}: expected format {FORMAT} or older, got {about['format']}. Use a newer jaxwalk.")
-    opened = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
+    metadata = json.loads((folder / "walks.json").read_text("utf-8"))
+    if metadata["format"] > FORMAT:
+        raise ValueError(f"{folder}: expected format {FORMAT} or older, got {metadata['format']}. Use a newer jaxwalk.")
+    load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
     return WalkStore(
-        opened("tokens"),
-        opened("stations"),
-        tuple(about["stations"]),
-        opened("context") if about["context"] else None,
-        {layer: opened(f"mixing_{layer}") for layer in about["mixing"]},
+        load("tokens"),
+        load("stations"),
+        tuple(metadata["stations"]),
+        load("context") if metadata["context"] else None,
+        {layer: load(f"mixing_{layer}") for layer in metadata["mixing"]},
     )
