@@ -102,10 +102,12 @@ def main(words: list[str] | None = None) -> int:
     except UsageError as error:
         return fail(error, 2)
 
+    from jaxwalk._program_cache import enable_program_cache
     from jaxwalk.analyses import open_subject
     from jaxwalk.checkpoint import CheckpointError
     from jaxwalk.config import ConfigError
 
+    enable_program_cache()
     complete = True
     try:
         for step in command.steps():

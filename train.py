@@ -59,10 +59,12 @@ def main(words: list[str] | None = None) -> int:
 
         if command.distributed:
             jax.distributed.initialize()
+        from jaxwalk._program_cache import enable_program_cache
         from jaxwalk.checkpoint import CheckpointError
         from jaxwalk.training import TrainingDiverged, train
     except (ConfigError, ImportError) as error:
         return report(error)
+    enable_program_cache()
     config, resume = command.train, command.resume
     try:
         train(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
+from jaxwalk.probes import interventions
 from tests.conftest import model_of, normal, to64
 from tests.test_transformer import unchecked
 
@@ -94,3 +95,14 @@ def test_bad_input():
         jw.mixing_effects(model, TOKENS, flat, given=6)
     with pytest.raises(ValueError, match="expected ids from 0 to 4"):
         jw.patch_effects(model, np.array([1, 4, 0, 2, 7]), normal(0, 5, 5, 16))
+
+
+def test_sweeps_take_the_memory_of_a_batch_of_walks_and_not_of_their_nudges():
+    """A nudge or patch for each of 16 changed walks would be [16, S, T, D]."""
+    config = jw.ModelConfig(vocab_size=5, max_length=128, width=32, depth=32)
+    model = jax.eval_shape(lambda: jw.init(config, jax.random.key(0)))
+    tokens, shift = jax.ShapeDtypeStruct((129,), np.int32), jax.ShapeDtypeStruct((65, 129, 32), np.float32)
+    one = jax.ShapeDtypeStruct((), np.int32)
+    for sweep in (interventions._nudge_effects, interventions._patch_effects):
+        size = sweep.lower(model, tokens, one, one, shift).compile().memory_analysis().temp_size_in_bytes
+        assert size < 16 * 65 * 129 * 32 * 4 / 2

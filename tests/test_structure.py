@@ -16,6 +16,7 @@ PACKAGE = Path(jw.__file__).parent
 # A module imports only from lower levels, or from its own room.
 LEVELS = {
     "_versions": 0,
+    "_program_cache": 0,
     "_products": 0,
     "config": 0,
     "sharding": 0,
