@@ -46,7 +46,8 @@ with install_import_hook("jaxwalk", "beartype.beartype(conf=beartype.BeartypeCon
 
 def quick(names, cases):
     """The cases as parameters, those not among `names` for the slow tests only."""
-    return [case if case in names else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    as_values = lambda case: case if isinstance(case, tuple) else (case,)
+    return [case if case in names else pytest.param(*as_values(case), marks=pytest.mark.slow) for case in cases]
 
 
 def float64():

@@ -10,7 +10,7 @@ import pytest
 import jaxwalk as jw
 from jaxwalk.aggregates import _diagonal
 from jaxwalk.config import ConfigError
-from tests.conftest import float64, model_of, normal, perturbed, to64
+from tests.conftest import float64, model_of, normal, perturbed, quick, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 
@@ -169,7 +169,7 @@ def test_against_the_paper_position_by_position(name, x64):
 TOKENS, SEGMENTS = np.array([1, 4, 0, 2, 2, 3, 1]), np.array([1, 1, 1, 2, 2, 2, 2])
 
 
-@pytest.mark.parametrize("name", [n if n == "mamba" else pytest.param(n, marks=pytest.mark.slow) for n in CHOICES])
+@pytest.mark.parametrize("name", quick({"mamba"}, CHOICES))
 def test_decompositions_of_whole_models(name):
     model = model_of(aggregate=(jw.aggregates.config(name, **CHOICES[name]), "attention"), scale=0.3)
     walk = jax.jit(jw.encoding_walk)
@@ -187,7 +187,7 @@ def test_decompositions_of_whole_models(name):
         assert jw.decompose_heads(to64(model), TOKENS, 0).error < 1e-12
 
 
-@each
+@pytest.mark.parametrize("name", quick({"mamba", "s5"}, CHOICES))
 def test_it_starts_as_the_paper_says(name):
     aggregate = jw.aggregates.config(name).init(width=64, max_length=8, layer=0, depth=2, key=jax.random.key(0))
     if name == "mamba":

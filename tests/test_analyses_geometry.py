@@ -1,6 +1,7 @@
 """The shape of walks, the nearness of vectors, and the beliefs in them: by hand, by planted truth, by identities."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -12,7 +13,7 @@ import jaxwalk as jw
 from jaxwalk.analyses import Finding, NotApplicable, Subject, belief_geometry, encoding_walk, proximity
 from jaxwalk.filters import Linear
 from jaxwalk.paths import next_log_probs
-from tests.conftest import model_of, to64
+from tests.conftest import model_of, quick, to64
 
 MESS3 = jw.worlds.make("mess3")
 
@@ -212,17 +213,15 @@ def change(model):
     return float(jnp.abs(next_log_probs(rotated, tokens) - next_log_probs(model, tokens)).max())
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 # Token shifts, and state spaces of each channel or with a direct term, meet single coordinates.
 COORDINATES = {"lru", "rwkv4", "rwkv4_channel_mix", "rwkv7", "s4d", "s5"}
 
 
-@pytest.mark.parametrize("norm", [pytest.param("rms_norm", marks=pytest.mark.slow), "layer_norm"])
+@pytest.mark.parametrize("norm", [slow("rms_norm"), "layer_norm"])
 @pytest.mark.parametrize(
     "aggregate",
-    [
-        name if name in ("attention", "lru", "mamba", "gru", "gmlp") else pytest.param(name, marks=pytest.mark.slow)
-        for name in jw.aggregates.names()
-    ],
+    quick({"lru", "gru"}, jw.aggregates.names()),
 )
 def test_rotating_the_space_changes_no_law(aggregate, norm):
     model = model_of(aggregate=aggregate, norm=norm, unembed_bias=True, depth=1)
@@ -236,10 +235,10 @@ def test_rotating_the_space_changes_no_law(aggregate, norm):
 @pytest.mark.parametrize(
     "choices",
     [
-        {"tied": True, "placement": "parallel"},
+        slow({"tied": True, "placement": "parallel"}),
         {"norm_bias": False, "norm_scale": False, "positions": "sinusoidal", "filter": None},
-        {"positions": "none", "norm": "rms_norm", "filter": jw.MLPConfig(gated=True, activation="silu")},
-        {"norm": "layer_norm", "filter": jw.MLPConfig(bias=False)},
+        slow({"positions": "none", "norm": "rms_norm", "filter": jw.MLPConfig(gated=True, activation="silu")}),
+        slow({"norm": "layer_norm", "filter": jw.MLPConfig(bias=False)}),
         {
             "norm": "rms_norm",
             "norm_unit_offset": True,
@@ -257,7 +256,7 @@ def test_rotating_the_space_of_other_models(choices):
     assert change(model_of(depth=1, **choices)) < 1e-4
 
 
-@pytest.mark.parametrize("norm", [pytest.param("rms_norm", marks=pytest.mark.slow), "layer_norm"])
+@pytest.mark.parametrize("norm", [slow("rms_norm"), "layer_norm"])
 def test_rotation_is_exact_to_rounding_in_float64(norm, x64):
     model = to64(model_of(norm=norm, unembed_bias=True, aggregate=("attention", "fixed_mixing")))
     rope = jw.aggregates.config("attention", positions="rope", qk_norm=True, kv_heads=2)
@@ -265,8 +264,8 @@ def test_rotation_is_exact_to_rounding_in_float64(norm, x64):
     assert change(to64(model_of(norm=norm, tied=True, positions="none", aggregate=rope))) < 1e-10
 
 
-@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
-@pytest.mark.parametrize("placement", ["post", "res_post", "sandwich"])
+@pytest.mark.parametrize("norm", quick({"layer_norm"}, ["rms_norm", "layer_norm"]))
+@pytest.mark.parametrize("placement", quick({"sandwich"}, ["post", "res_post", "sandwich"]))
 def test_norms_of_what_is_written_rotate_only_with_one_scale_for_all_coordinates(placement, norm):
     model = model_of(placement=placement, norm=norm, depth=1)
     with pytest.raises(NotApplicable, match=f"{placement}-norm"):

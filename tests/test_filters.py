@@ -11,7 +11,7 @@ from scipy.special import erf
 
 from jaxwalk import filters as f
 from jaxwalk._products import FEW_ROWS, times, times_columns
-from tests.conftest import float64, normal, perturbed, to64
+from tests.conftest import float64, normal, perturbed, quick, to64
 
 pytestmark = pytest.mark.usefixtures("strict_numerics")
 D, E = 8, 12
@@ -220,7 +220,9 @@ MAPPED = {
 
 
 @pytest.mark.parametrize("product", [times, times_columns])
-@pytest.mark.parametrize("mapped", MAPPED)
+@pytest.mark.parametrize(
+    "mapped", quick({"vector", "paths-last", "models-paths-positions", "one-path-many-models"}, MAPPED)
+)
 def test_times_is_the_product_under_every_transformation(mapped, product, x64):
     """Batched by any nesting of vmaps: values, both derivatives of each order, and a derivative inside the batch."""
     x_axes, w_axes = MAPPED[mapped]

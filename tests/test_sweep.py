@@ -12,7 +12,7 @@ import pytest
 import jaxwalk as jw
 from jaxwalk import sweep, training
 from jaxwalk.config import ConfigError, MLPConfig, OptimConfig, TextData, TrainConfig
-from tests.conftest import model_of
+from tests.conftest import model_of, quick
 from tests.test_training import parameters_after, small
 
 # No member learns less because of one that diverges.
@@ -140,7 +140,7 @@ FILTERS = [MLPConfig(), MLPConfig(gated=True, bias=False), (MLPConfig(hidden=7),
 
 
 @pytest.mark.parametrize("filter", FILTERS)
-@pytest.mark.parametrize("aggregate", jw.aggregates.names())
+@pytest.mark.parametrize("aggregate", quick({"attention", "mamba", "rwkv7", "gmlp", "lstm"}, jw.aggregates.names()))
 def test_parameters_are_matched(aggregate, filter):
     target = sweep.count_parameters(jw.ModelConfig(5, 12, width=32, depth=2, filter=MLPConfig(hidden=512)))
     plain = jw.ModelConfig(5, 12, width=32, depth=2, aggregate=aggregate, filter=filter, tied=True)

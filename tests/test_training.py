@@ -31,6 +31,7 @@ from jaxwalk.config import (
     to_dict,
 )
 from jaxwalk.model.layout import apart, path_of
+from tests.conftest import quick
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,7 +112,7 @@ def test_steps_per_call_changes_nothing():
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(8, 1), MeshConfig(4, 2), MeshConfig(1, 8)])
+@pytest.mark.parametrize("mesh", quick([MeshConfig(4, 2)], [MeshConfig(8, 1), MeshConfig(4, 2), MeshConfig(1, 8)]))
 def test_one_device_and_eight_agree(mesh):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")

@@ -14,6 +14,7 @@ from scipy import stats
 
 from jaxwalk import text, worlds
 from jaxwalk.worlds import HiddenMarkov, World
+from tests.conftest import quick
 
 # A world's defaults, and where one parameter leads somewhere else, that too.
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,12 +54,29 @@ def samples_of(world: World) -> np.ndarray:
     return np.asarray(world.sample(jax.random.key(2), 4, 1000))
 
 
-@pytest.fixture(params=CASES, scope="module")
+# Each way in which a world is written; the slow tests hold all of them to the laws.
+QUICK = {
+    "associative_recall small",
+    "copy_after_delay small",
+    "dyck",
+    "fanizza",
+    "golden_mean",
+    "grammar small",
+    "induction small",
+    "markov order 2",
+    "mess3",
+    "parity",
+    "rrxor",
+    "tom_quantum projective",
+}
+
+
+@pytest.fixture(params=quick(QUICK, CASES), scope="module")
 def world(request):
     return world_of(request.param)
 
 
-@pytest.fixture(params=HIDDEN, scope="module")
+@pytest.fixture(params=quick(QUICK, HIDDEN), scope="module")
 def hidden(request):
     return world_of(request.param)
 
@@ -180,7 +198,7 @@ def test_long_paths_stay_finite_and_accurate_in_float32(hidden):
         np.testing.assert_allclose(jax.vmap(hidden.path_log_prob)(paths), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("world", [case for case in CASES if case not in HIDDEN], indirect=True)
+@pytest.mark.parametrize("world", quick(QUICK, [case for case in CASES if case not in HIDDEN]), indirect=True)
 def test_float32_agrees_with_float64(world):
     paths = samples_of(world)[:, :32]
     got = np.asarray(jax.vmap(world.path_log_prob)(paths))
