@@ -66,7 +66,8 @@ def times_columns(x: Float[Array, " D"], columns: Float[Array, "E D"]) -> Float[
 def _times(x: Array, w: Array, transposed: bool) -> Array:
     if x.dtype != w.dtype:
         raise TypeError(f"times: expected operands of one dtype, got {x.dtype} and {w.dtype}.")
-    precision = jax.config.jax_default_matmul_precision
+    config: Any = jax.config  # whose options are known to type checkers in some releases only
+    precision = config.jax_default_matmul_precision
     return _matmul_p.bind(x[None], w, transposed=transposed, precision=precision)[0]
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 MAX_BYTES = 2**30
 """The size of the folder beyond which the least recently used programs are deleted."""
@@ -18,7 +19,8 @@ def enable_program_cache() -> None:
     import jax
     import platformdirs
 
-    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
+    config: Any = jax.config  # whose options are known to type checkers in some releases only
+    if not config.jax_enable_compilation_cache or config.jax_compilation_cache_dir:
         return
     folder = platformdirs.user_cache_path("jaxwalk") / "programs" / _processor()
     try:
@@ -27,7 +29,7 @@ def enable_program_cache() -> None:
         return
     if not os.access(folder, os.W_OK):
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    config.update("jax_compilation_cache_dir", str(folder))
     for option, value in (
         ("jax_compilation_cache_max_size", MAX_BYTES),
         (
@@ -36,7 +38,7 @@ def enable_program_cache() -> None:
         ),  # small models compile many programs that take less than 1 s
     ):
         if option.upper() not in os.environ:
-            jax.config.update(option, value)
+            config.update(option, value)
 
 
 def _processor() -> str:
