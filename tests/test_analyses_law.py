@@ -14,7 +14,7 @@ import pytest
 import jaxwalk as jw
 from jaxwalk.analyses import NotApplicable, Subject, analyse
 from jaxwalk.config import ConfigError
-from jaxwalk.evidence import statistics
+from jaxwalk.evidence import laws, statistics
 from jaxwalk.evidence.laws import NGram, _observe, fit_ngrams
 from jaxwalk.text import open_store
 from tests.conftest import model_of
@@ -255,6 +255,28 @@ def test_ngram_laws_are_laws():
     for law in ngram.laws:
         np.testing.assert_allclose(np.exp(law).sum(axis=1), 1, rtol=1e-5)
     assert len(ngram.laws) == 4
+
+
+def test_the_ngram_null_has_as_much_data_as_the_model_had():
+    world = jw.worlds.mess3()
+    few, many = (Subject(model_of(vocab_size=3), world=world, training_tokens=n) for n in (1, 600_000))
+    paths = world.sample(jax.random.key(9), 4000, 8)
+    losses = []
+    for subject, size in ((few, laws.MIN_TOKENS), (many, 600_000)):
+        ngram, description = laws.best_ngram(subject, 8)
+        assert f"fitted on {size // 8 * 8} tokens" in description
+        log_p = jax.vmap(ngram)(paths[:, :-1])
+        losses.append(-np.take_along_axis(np.asarray(log_p), np.asarray(paths)[:, 1:, None], -1).mean())
+    ideal = -np.asarray(jax.vmap(lambda path: world.path_log_prob(path, given=1))(paths)).mean() / 7
+    assert ideal < losses[1] < losses[0] < ideal + 0.01
+
+
+def test_the_ngram_null_of_a_text_is_chosen_on_documents_that_it_was_not_fitted_on(pydoc):
+    split = pydoc.store.train
+    (fit, fit_documents), (choice, other_documents) = laws._split_text(pydoc, 1 << 22)
+    assert not {*fit_documents.ravel()} & {*other_documents.ravel()}
+    np.testing.assert_array_equal(np.concatenate([fit[0], choice[0]]), split.tokens)
+    np.testing.assert_array_equal(np.flatnonzero(np.diff(fit_documents[0])) + 1, split.starts[1 : fit_documents.max()])
 
 
 # Statistics

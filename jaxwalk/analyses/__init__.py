@@ -10,10 +10,11 @@ import inspect
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxwalk.config import ConfigError, fits, readable, unknown
-from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series, decide
 
 __all__ = ["Figure", "Finding", "NotApplicable", "Series", "Subject", "analyse", "names", "open_subject", "run"]
 
@@ -66,7 +67,16 @@ def run(
                 raise
             failed(name, error)
             skipped[name] = f"it broke: {type(error).__name__}: {error}"
-    return findings, skipped
+    if subject.step == 0:
+        findings = [_without_training(finding) for finding in findings]
+    return decide(findings), skipped
+
+
+def _without_training(finding: Finding) -> Finding:
+    """A finding of the untrained model, which cannot be compared with itself."""
+    reason = "this is the untrained model"
+    primary = (replace(c, reason=reason) if c.null == "untrained" else c for c in finding.primary)
+    return replace(finding, primary=tuple(primary))
 
 
 def _module(name: str) -> Any:

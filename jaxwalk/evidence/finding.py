@@ -1,14 +1,22 @@
 """What analyses return: numbers with intervals, nulls and conventions; and comparisons of several runs."""
 
-from collections.abc import Mapping
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxwalk.evidence.decision import Check, Contrast, Decision, adjust, combined, deciding
+
 
 class NotApplicable(ValueError):
     """Raised by an analysis that does not apply to a model, or has too little data. The message says why."""
+
+
+MOST_PRIMARY = 3
+"""The most contrasts that an analysis may decide a claim by."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,9 @@ class Finding:
         conventions: name -> the convention chosen, where a choice changes the numbers; and units.
         arrays: name -> array: all data of the figures, and further arrays for the user.
         figures: how to draw the arrays. The report opens with the first figure of the first finding.
-        verdict: one sentence, with numbers, that says what this run shows.
+        verdict: one sentence, with numbers, that says what this run shows, where nothing is decided.
+        primary: at most three contrasts, from which the decision follows.
+        checks: self-checks, which can support no claim.
     """
 
     name: str
@@ -84,8 +94,14 @@ class Finding:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()
     verdict: str = ""
+    primary: tuple[Contrast, ...] = ()
+    checks: tuple[Check, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.primary) > MOST_PRIMARY:
+            raise ValueError(
+                f"Finding {self.name!r}: expected at most {MOST_PRIMARY} primary contrasts, got {len(self.primary)}."
+            )
         if not self.null:
             raise ValueError(
                 f"Finding {self.name!r}: expected a null or an exact reference beside the numbers, got none."
@@ -98,6 +114,22 @@ class Finding:
                 if missing := [n for n in named if n is not None and n not in self.arrays]:
                     raise ValueError(f"Finding {self.name!r}, figure {figure.name!r}: no array {', '.join(missing)}.")
 
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """The numbers of the claims that the finding is about, such as "C3"."""
+        decided = tuple(dict.fromkeys(contrast.claim for contrast in self.primary))
+        return decided or tuple(re.findall(r"\bC[1-8]\b", self.claim.partition(":")[0]))
+
+    @property
+    def decision(self) -> Decision:
+        """What the primary contrasts decide together; "not testable here" without any."""
+        return combined(contrast.decision for contrast in self.primary)
+
+    @property
+    def summary(self) -> str:
+        """A sentence that says what the finding decides, and on what numbers."""
+        return deciding(self.primary).sentence if self.primary else self.verdict
+
     def to_dict(self) -> dict[str, Any]:
         """The finding as JSON data, without arrays and figures. NaN and infinities, which JSON lacks, become None."""
 
@@ -107,12 +139,66 @@ class Finding:
         return {
             "name": self.name,
             "claim": self.claim,
-            "verdict": self.verdict,
+            "claims": list(self.claims),
+            "decision": self.decision,
+            "verdict": self.summary,
+            "primary": [contrast.to_dict() for contrast in self.primary],
+            "checks": [check.to_dict() for check in self.checks],
             "measured": {k: number(v) for k, v in self.measured.items()},
             "interval": {k: [number(low), number(high)] for k, (low, high) in self.interval.items()},
             "null": {k: number(v) for k, v in self.null.items()},
             "conventions": dict(self.conventions),
         }
+
+
+def decide(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings of one report, with the p-values of all their primary contrasts adjusted for their number."""
+    findings = list(findings)
+    adjusted = iter(adjust([contrast for finding in findings for contrast in finding.primary]))
+    return [dataclasses.replace(f, primary=tuple(next(adjusted) for _ in f.primary)) for f in findings]
+
+
+CLAIMS: Mapping[str, str] = {
+    "C1": "Behaviours are paths that the model random-walks",
+    "C2": "Training learns a distribution over all paths, not only those trained on",
+    "C3": "There is no learning in context: a context only narrows the set of paths",
+    "C4": "Knowledge is in the arrangement of vectors, not in particular neurons or layers",
+    "C5": "Proximity of context and token vectors gives the probability of tokens",
+    "C6": "Context vectors are composed by an encoding walk; attention adds an association bias",
+    "C7": "Filters and aggregates describe every sequence model",
+    "C8": "Embeddings are concepts: a context vector is the composed concept",
+}
+"""The claims of Singh, arXiv 2308.10874, in short."""
+
+
+class Verdict(NamedTuple):
+    """One claim, as all findings of a report decide it.
+
+    Attributes:
+        claim: such as "C2".
+        statement: the claim in short.
+        decision: what is decided.
+        contrast: the contrast that decides; None if none was tested.
+        finding: the name of the finding that it is in, or an empty string.
+    """
+
+    claim: str
+    statement: str
+    decision: Decision
+    contrast: Contrast | None
+    finding: str
+
+
+def scoreboard(findings: Iterable[Finding]) -> list[Verdict]:
+    """One line for each claim. The findings are those of one report, after `decide`."""
+    where = [(contrast, finding.name) for finding in findings for contrast in finding.primary]
+    lines = []
+    for claim, statement in CLAIMS.items():
+        contrasts = [contrast for contrast, _ in where if contrast.claim == claim]
+        chosen = deciding(contrasts) if contrasts else None
+        name = next((name for contrast, name in where if contrast is chosen), "")
+        lines.append(Verdict(claim, statement, combined(c.decision for c in contrasts), chosen, name))
+    return lines
 
 
 class Cell(NamedTuple):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -192,6 +192,18 @@ class NGram:
         return law
 
 
+class _Counts(NamedTuple):
+    """How often each token came after each context of k tokens.
+
+    Attributes:
+        codes: [C], the sorted codes of the contexts.
+        after: [C, V], the counts.
+    """
+
+    codes: Int[np.ndarray, " C"]
+    after: Int[np.ndarray, "C V"]
+
+
 def fit_ngrams(
     tokens: Int[np.ndarray, "n T"], segments: Int[np.ndarray, "n T"], V: int, order: int, smoothing: float
 ) -> NGram:
@@ -209,8 +221,12 @@ def fit_ngrams(
     Returns:
         The model, which contains those of all lower orders.
     """
-    contexts, laws = [np.zeros(1, np.int32)], []
-    law, contexts_below = np.full((1, V), 1 / V), np.zeros(1, np.int64)
+    return _smoothed(_count_contexts(tokens, segments, V, order), V, smoothing)
+
+
+def _count_contexts(tokens: np.ndarray, segments: np.ndarray, V: int, order: int) -> list[_Counts]:
+    """The counts of each order from 0 to `order`, or to the last one that can be stored."""
+    counts: list[_Counts] = []
     for k in range(order + 1):
         if V**k > 1 << 30:
             break
@@ -218,17 +234,23 @@ def fit_ngrams(
         codes, index = np.unique(code[inside], return_inverse=True)
         if k and not 0 < len(codes) * V <= 1 << 25:
             break
-        counts = np.bincount(index * V + after[inside], minlength=len(codes) * V).reshape(-1, V)
-        if k:
-            shorter = codes % V ** (k - 1)  # the same contexts without their earliest token
-            base = law[np.searchsorted(contexts_below, shorter)]
-            contexts.append(codes.astype(np.int32))
-        else:
-            base = law
-        law = (counts + smoothing * base) / (counts.sum(axis=1, keepdims=True) + smoothing)
-        contexts_below = codes
+        if not k:
+            codes, index = np.zeros(1, np.int64), np.zeros(inside.sum(), np.int64)
+        counts.append(_Counts(codes, np.bincount(index * V + after[inside], minlength=len(codes) * V).reshape(-1, V)))
+    return counts
+
+
+def _smoothed(counts: Sequence[_Counts], V: int, smoothing: float) -> NGram:
+    """The interpolated n-gram model of these counts."""
+    laws: list[np.ndarray] = []
+    law, codes_below = np.full((1, V), 1 / V), np.zeros(1, np.int64)
+    for k, (codes, after) in enumerate(counts):
+        shorter = codes % V ** max(k - 1, 0)  # the same contexts without their earliest token
+        base = law[np.searchsorted(codes_below, shorter)]
+        law = (after + smoothing * base) / (after.sum(axis=1, keepdims=True) + smoothing)
+        codes_below = codes
         laws.append(np.log(law).astype(np.float32))
-    return NGram(tuple(contexts), tuple(laws))
+    return NGram(tuple(c.codes.astype(np.int32) for c in counts), tuple(laws))
 
 
 def _context_codes(
@@ -244,29 +266,63 @@ def _context_codes(
     return code, tokens[:, 1:], inside
 
 
-def best_ngram(subject: Subject, length: int, budget: int = 1 << 17) -> tuple[NGram, str]:
-    """The n-gram model that predicts best on data set aside to choose order and smoothing, and a description of it."""
+MIN_TOKENS, MAX_TOKENS = 1 << 17, 1 << 22
+"""The bounds of the number of tokens that the n-gram model is fitted on."""
+
+
+def best_ngram(subject: Subject, length: int) -> tuple[NGram, str]:
+    """The best n-gram model of as many tokens as the model was trained on, and a description of it.
+
+    Its order and smoothing are those that predict best what it was not fitted on: other paths of a world, other
+    documents of a text.
+
+    Args:
+        subject: the model, and the data that it was trained on.
+        length: the length of the paths that it is compared on, which bounds the order.
+    """
     V = subject.model.vocab_size
-    n = 5 * max(16, budget // length // 4)
-    if subject.world is not None:
-        key = jax.random.fold_in(jax.random.key(subject.seed), 0x96A3)
-        tokens = np.asarray(subject.world.sample(key, n, length))
-        segments = np.ones_like(tokens)
-    else:
-        tokens, segments = (np.asarray(a) for a in subject.store.batch(subject.seed, 0, n, length, split="train"))
-    fit, choice = slice(0, n * 4 // 5), slice(n * 4 // 5, None)
-    order = min(length - 1, 10)
+    budget = min(max(MIN_TOKENS, subject.training_tokens), MAX_TOKENS)
+    fit, choice = _sampled_paths(subject, budget, length) if subject.world is not None else _split_text(subject, budget)
+    counts = _count_contexts(*fit, V, min(length - 1, 10))
     best = math.inf
     for weight in (1.0, 8.0, 64.0):
-        fitted = fit_ngrams(tokens[fit], segments[fit], V, order, weight)
-        losses = _ngram_losses(fitted, tokens[choice], segments[choice], V)
+        fitted = _smoothed(counts, V, weight)
+        losses = _ngram_losses(fitted, *choice, V)
         if min(losses) < best:  # keep only the best in memory
             best, k, smoothing = min(losses), int(np.argmin(losses)), weight
             ngram = NGram(fitted.contexts[: k + 1], fitted.laws[: k + 1])
+    seen = f"{subject.training_tokens} were seen in training" if subject.training_tokens else "training is unknown"
     return ngram, (
-        f"order {k} (contexts of up to {k} tokens), interpolation weight {smoothing:g}, fitted on "
-        f"{tokens[fit].size} tokens and chosen on {tokens[choice].size} others"
+        f"order {k} (contexts of up to {k} tokens), interpolation weight {smoothing:g}, fitted on {fit[0].size} tokens "
+        f"({seen}) and chosen on {choice[0].size} others"
     )
+
+
+_Text = tuple[np.ndarray, np.ndarray]
+"""Tokens [n, T] and the document of each."""
+
+
+def _sampled_paths(subject: Subject, budget: int, length: int) -> tuple[_Text, _Text]:
+    """Fresh paths of the world: `budget` tokens to fit on, and a quarter of them, but at most 2^17, to choose on."""
+    key = jax.random.fold_in(jax.random.key(subject.seed), 0x96A3)
+    n = max(16, budget // length)
+    total, batch = n + max(16, min(n // 4, MIN_TOKENS // length)), max(16, MIN_TOKENS // length)
+    parts = [subject.world.sample(jax.random.fold_in(key, i), batch, length) for i in range(-(-total // batch))]
+    tokens = np.concatenate([np.asarray(part) for part in parts])[:total]
+    segments = np.ones_like(tokens)
+    return (tokens[:n], segments[:n]), (tokens[n:], segments[n:])
+
+
+def _split_text(subject: Subject, budget: int) -> tuple[_Text, _Text]:
+    """The beginning of the training text, four fifths of it to fit on, and later documents to choose on."""
+    split = subject.store.train
+    tokens = np.asarray(split.tokens[: min(len(split.tokens), budget * 5 // 4)])
+    starts = np.asarray(split.starts)
+    segments = np.searchsorted(starts, np.arange(len(tokens)), side="right")
+    share = len(tokens) * 4 // 5
+    inner = starts[(starts > 0) & (starts < len(tokens))].tolist()
+    border = min(inner, key=lambda start: abs(start - share), default=share)
+    return (tokens[None, :border], segments[None, :border]), (tokens[None, border:], segments[None, border:])
 
 
 def _ngram_losses(ngram: NGram, tokens: np.ndarray, segments: np.ndarray, V: int) -> list[float]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,31 @@ from jaxwalk.config import ConfigError
 from jaxwalk.evidence.finding import NotApplicable
 from jaxwalk.model import Transformer, init, plain
 from jaxwalk.model.inputs import check_tokens
+
+FEWEST_PATHS = 8
+"""The fewest paths of a text that are measured."""
+
+
+class Draw(NamedTuple):
+    """Paths of a world or a text.
+
+    Attributes:
+        tokens: [n, T].
+        documents: [n], the document that each is from. Paths of one document are not independent.
+    """
+
+    tokens: Int[np.ndarray, "n T"]
+    documents: Int[np.ndarray, " n"]
+
+
+def _disjoint_windows(split: text.Split, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The starts, and the documents, of as many windows as each document has room for, from a random offset on."""
+    sizes = np.diff([*split.starts, len(split.tokens)])
+    counts = sizes // length
+    documents = np.repeat(np.arange(len(sizes)), counts)
+    within = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
+    offsets = (rng.random(len(sizes)) * (sizes - counts * length + 1)).astype(np.int64)
+    return np.asarray(split.starts)[documents] + offsets[documents] + within * length, documents
 
 
 @dataclass(frozen=True)
@@ -32,6 +57,7 @@ class Subject:
         pieces: whether the store holds a text cut into pieces for analysis (`text.cut`) instead of the training corpus.
         prompt: the token ids of the user's prompt, or None.
         step: the training step of the model, or None.
+        training_tokens: the number of tokens that the model was trained on; 0 if it is not known.
         series: the training steps that `at_step` can load.
         load_step: loads the model of a step, or None.
         seed: the seed of the paths that are drawn.
@@ -49,6 +75,7 @@ class Subject:
     pieces: bool = False
     prompt: Int[np.ndarray, " P"] | None = None
     step: int | None = None
+    training_tokens: int = 0
     series: tuple[int, ...] = ()
     load_step: Callable[[int], Transformer] | None = None
     seed: int = 0
@@ -62,47 +89,48 @@ class Subject:
         """The number of tokens of a path that are walked: those of a piece of text, otherwise max_length."""
         return len(self.store.validation.document(0)) - 1 if self.pieces else self.model.max_length
 
-    def paths(self, n: int, length: int | None = None) -> Int[np.ndarray, "n T"]:
-        """n held-out paths of `length` tokens.
+    def draw(self, n: int, length: int | None = None, *, to_fit: bool = False) -> Draw:
+        """At most n paths of `length` tokens, and the document of each. The same call returns the same paths.
 
-        From a world, they are fresh samples. From text, they are windows of the validation split that lie within one
-        document. From a text cut into pieces, they are the beginnings of pieces in random order, and there may be fewer
-        than n. The same call returns the same paths.
+        From a world, they are fresh samples, each of them a document. From text, they are disjoint windows, each within
+        one document of the validation split. From a text cut into pieces, they are the beginnings of pieces.
 
         Args:
-            n: the number of paths.
+            n: the number of paths. There are fewer if the text is too short, but at least 8.
             length: the number of tokens of each; `self.length` by default.
-
-        Returns:
-            [n, length].
+            to_fit: draw from other data, on which nulls and maps are fitted that are scored on held-out paths: other
+                samples of a world, documents of the training split, or the pieces that are not measured.
 
         Raises:
             NotApplicable: if there is not enough data.
         """
         length = self.length if length is None else length
         if self.world is not None:
-            key = jax.random.fold_in(jax.random.key(self.seed), 0x5EED)
-            return np.asarray(self.world.sample(key, n, length))
+            key = jax.random.fold_in(jax.random.key(self.seed), 0xF17 if to_fit else 0x5EED)
+            return Draw(np.asarray(self.world.sample(key, n, length)), np.arange(n))
         if self.store is None:
             raise NotApplicable(f"paths: expected a world or a token store, got {self.no_data}.")
-        if self.pieces:
-            pieces = self.store.validation.tokens.reshape(len(self.store.validation.starts), -1)
-            if length > pieces.shape[1]:
-                raise NotApplicable(
-                    f"paths: expected at most {pieces.shape[1]} tokens, as the text is cut, got {length}."
-                )
-            return pieces[np.random.default_rng(self.seed).permutation(len(pieces))[:n], :length].astype(np.int32)
-        windows: list[np.ndarray] = []
-        for attempt in range(100):
-            tokens, segments = self.store.batch(self.seed, attempt, max(n, 64), length, split="validation")
-            whole = (segments == segments[:, :1]).all(axis=1) & (segments[:, 0] > 0)
-            windows.extend(tokens[whole])
-            if len(windows) >= n:
-                return np.stack(windows[:n])
-        raise NotApplicable(
-            f"paths: expected {n} windows of {length} tokens that lie in one document, found {len(windows)}. "
-            "Analyse shorter paths, or use a corpus of longer documents."
-        )
+        split = self.store.train if to_fit else self.store.validation
+        rng = np.random.default_rng(self.seed)
+        starts, documents = self._pieces(split, length) if self.pieces else _disjoint_windows(split, length, rng)
+        chosen = rng.permutation(len(starts))[:n]
+        if len(chosen) < min(n, FEWEST_PATHS):
+            raise NotApplicable(
+                f"paths: expected {FEWEST_PATHS} windows of {length} tokens that lie in one document, found "
+                f"{len(chosen)}. Analyse shorter paths, or use a corpus of longer documents."
+            )
+        tokens = split.tokens[starts[chosen, None] + np.arange(length)]
+        return Draw(tokens.astype(np.int32), documents[chosen])
+
+    def paths(self, n: int, length: int | None = None) -> Int[np.ndarray, "n T"]:
+        """The tokens of `draw`: held-out paths."""
+        return self.draw(n, length).tokens
+
+    def _pieces(self, split: text.Split, length: int) -> tuple[np.ndarray, np.ndarray]:
+        size = self.length + 1
+        if length > size:
+            raise NotApplicable(f"paths: expected at most {size} tokens, as the text is cut, got {length}.")
+        return split.starts, np.arange(len(split.starts)) if split.sources is None else split.sources
 
     @property
     def no_data(self) -> str:
@@ -267,13 +295,15 @@ def _of_run(folder: str | os.PathLike[str], step: int | Literal["latest", "best"
             untrained = plain(run.model(0))
         except checkpoint.CheckpointError as error:
             missing["untrained"] = str(error)
+    resolved, config = run.resolve(step), run.config
     return Subject(
         model=model,
         vocabulary=run.vocabulary,
         untrained=untrained,
         world=run.world if own_data else None,
         store=store,
-        step=run.resolve(step),
+        step=resolved,
+        training_tokens=resolved * config.batch_size * config.model.max_length,
         series=run.steps,
         load_step=run.model,
         workdir=run.folder,

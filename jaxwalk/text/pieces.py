@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int, Int32
 
 from jaxwalk.config import ConfigError, TextData
 from jaxwalk.text._encoding import group_texts
@@ -20,15 +20,21 @@ _ENOUGH_MEASURED = 64
 _MIN_MEASURED = 8
 """Measured pieces below which a text is refused."""
 _NULL_PERIOD = 4
-"""One in so many pieces is for fitting nulls; the others are measured."""
+"""About one in so many pieces is for fitting nulls; the others are measured."""
+_FEWEST_SOURCES = 12
+"""Documents below which blocks of consecutive pieces take their place, so that there are 8 or more to measure."""
+_BLOCKS = 16
+"""The number of these blocks."""
 
 
 def cut(corpus: str, vocabulary: Vocabulary, longest: int, length: int | None = None) -> TokenStore:
     """A text for analysis, not for training, as a store in memory whose documents are pieces of `length` + 1 tokens.
 
     Each document of the corpus is divided into consecutive pieces; its remainder is dropped. If the vocabulary has a
-    begin-of-path token, every piece begins with it. Every fourth piece is in the split "train", for fitting nulls; the
-    others, which are measured, are in "validation".
+    begin-of-path token, every piece begins with it. About every fourth document is in the split "train", for fitting
+    nulls; the others, which are measured, are in "validation". `Split.sources` numbers the documents. Of a text with
+    fewer than 12 documents, blocks of consecutive pieces take their place, so that what is measured holds for this
+    text, not for others like it.
 
     Args:
         corpus: A text file in UTF-8, or any corpus that `documents` reads.
@@ -51,8 +57,10 @@ def cut(corpus: str, vocabulary: Vocabulary, longest: int, length: int | None = 
         )
     texts = _encode_corpus(corpus, vocabulary)
     begin = np.array([] if vocabulary.begin is None else [vocabulary.begin], np.int32)
-    pieces = _pieces(texts, begin, length or _default_length(texts, begin, longest))
-    for_nulls = np.arange(len(pieces)) % _NULL_PERIOD == _NULL_PERIOD - 1
+    length = length or _default_length(texts, begin, longest)
+    pieces = _pieces(texts, begin, length)
+    sources = _sources([len(_pieces([text], begin, length)) for text in texts])
+    for_nulls = _for_nulls(sources)
     if (~for_nulls).sum() < _MIN_MEASURED:
         raise CorpusError(
             f"corpus {corpus!r}: expected at least {_MIN_MEASURED * _NULL_PERIOD // (_NULL_PERIOD - 1)} pieces of "
@@ -60,12 +68,13 @@ def cut(corpus: str, vocabulary: Vocabulary, longest: int, length: int | None = 
             "Use a longer text, or shorter pieces."
         )
 
-    def split(rows: Int32[np.ndarray, "rows N"]) -> Split:
+    def split(chosen: Bool[np.ndarray, " pieces"]) -> Split:
+        rows = pieces[chosen]
         starts = np.arange(len(rows)) * rows.shape[1]
-        return Split(rows.ravel(), starts, int(vocabulary.lengths[rows[:, 1:]].sum()))
+        return Split(rows.ravel(), starts, int(vocabulary.lengths[rows[:, 1:]].sum()), sources[chosen])
 
     fingerprint = hashlib.sha256(pieces.tobytes()).hexdigest()
-    train, validation = split(pieces[for_nulls]), split(pieces[~for_nulls])
+    train, validation = split(for_nulls), split(~for_nulls)
     return TokenStore(None, fingerprint, vocabulary, train, validation)
 
 
@@ -85,6 +94,27 @@ def _pieces(texts: list[np.ndarray], begin: np.ndarray, length: int) -> Int32[np
     empty = np.empty((0, size), np.int32)
     rows = np.concatenate([empty, *(text[: len(text) // size * size].reshape(-1, size) for text in texts)])
     return np.concatenate([np.broadcast_to(begin, (len(rows), len(begin))), rows], axis=1)
+
+
+def _sources(counts: list[int]) -> Int[np.ndarray, " pieces"]:
+    """The document, or the block, of each piece, given how many pieces each document has."""
+    counts = [count for count in counts if count]
+    if len(counts) >= _FEWEST_SOURCES:
+        return np.repeat(np.arange(len(counts)), counts)
+    pieces = sum(counts)
+    return np.arange(pieces) * min(_BLOCKS, pieces) // max(pieces, 1)
+
+
+def _for_nulls(sources: Int[np.ndarray, " pieces"]) -> Bool[np.ndarray, " pieces"]:
+    """Which pieces are for fitting nulls: those of every source whose middle is the next that the period asks for."""
+    chosen = np.zeros(len(sources), bool)
+    taken = 0
+    for source in np.unique(sources):
+        rows = np.flatnonzero(sources == source)
+        if _NULL_PERIOD * (taken + len(rows) / 2) <= rows[-1] + 1:
+            chosen[rows] = True
+            taken += len(rows)
+    return chosen
 
 
 def _default_length(texts: list[np.ndarray], begin: np.ndarray, longest: int) -> int:

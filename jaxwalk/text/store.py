@@ -44,11 +44,13 @@ class Split:
         tokens: [N], the begin-of-path token of each document (if the vocabulary has one), then its text.
         starts: [documents], the position in `tokens` at which each document starts.
         bytes: Bytes of UTF-8 of all documents, without the first token of each, which is never predicted.
+        sources: [documents], the document of the corpus that each is a piece of; by default each is a whole one.
     """
 
     tokens: Integer[np.ndarray, " N"]
     starts: Int[np.ndarray, " documents"]
     bytes: int
+    sources: Int[np.ndarray, " documents"] | None = None
 
     def document(self, index: int) -> Int32[np.ndarray, " n"]:
         """The tokens [n] of one document, including its begin-of-path token.
