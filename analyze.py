@@ -3,17 +3,21 @@
     python analyze.py runs/mess3 --only proximity,narrowing --prompt "A B A"
     python analyze.py HuggingFaceTB/SmolLM2-135M --prompt "Once upon" --text notes.txt
     python analyze.py compare runs/mess3 runs/rrxor
+    python analyze.py list
 
-Every finding is printed beside its null or exact reference, and written to the run's folder: analysis/report.html
-(one page, needs no network), findings.json, arrays/*.npz and figures/*.png, *.svg. For a pretrained model the folder is
-analysis/NAME here.
+What is decided about each claim is printed, with the number that decides it and the null that it is held against. All
+numbers are written to the run's folder: analysis/report.html (one page, needs no network), findings.json, arrays/*.npz
+and figures/*.png, *.svg. For a pretrained model the folder is analysis/NAME here. `list` prints the analyses and their
+options, each of which is set by --set ANALYSIS.OPTION=VALUE.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
+import textwrap
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +41,12 @@ class Command:
     """Which of the saved steps."""
     only: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
     """Run these analyses only."""
+    claim: Annotated[str | None, tyro.conf.arg(metavar="C2,C5")] = None
+    """Run only the analyses that measure these claims."""
+    seed: int = 0
+    """Of the paths that are drawn, and of all random nulls."""
+    verbose: bool = False
+    """Print every number, and why analyses were not run."""
     scalars: Annotated[str | None, tyro.conf.arg(metavar="A.X,B.Y")] = None
     """The numbers that training_walk follows, as analysis.number."""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="A.OPTION=VALUE")] = ()
@@ -62,6 +72,16 @@ class Command:
                 raise UsageError(f"--set: expected ANALYSIS.OPTION=VALUE, got {setting!r}")
             options.setdefault(name, {})[option] = parse_value(value)
         return options
+
+    def names(self) -> tuple[str, ...] | None:
+        """The analyses to run; None for all of them."""
+        from jaxwalk.analyses import testing
+
+        if self.only and self.claim:
+            raise UsageError("--claim: expected either --only or --claim, got both")
+        if self.claim:
+            return testing(split(self.claim))
+        return split(self.only) if self.only else None
 
     def steps(self) -> list[int | str]:
         """The steps to analyse."""
@@ -94,6 +114,8 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["compare"]:
         return compare(tyro.cli(Compare, prog="analyze.py compare", args=words[1:], config=CONFIG))
+    if words == ["list"]:
+        return list_analyses()
     command = tyro.cli(Command, prog="analyze.py", description=__doc__, args=words, config=CONFIG)
     if command.step not in ("best", "latest", "all") and not command.step.isdigit():
         return fail(f"--step: expected a number, best, latest or all, got {command.step!r}", 2)
@@ -122,19 +144,23 @@ def main(words: list[str] | None = None) -> int:
             default = subject.workdir / "analysis" if subject.workdir else Path("analysis", subject.name)
             out = command.out or default
             out = out / str(step) if command.step == "all" else out
-            complete &= analyse(subject, split(command.only) if command.only else None, options, out)
+            subject = dataclasses.replace(subject, seed=command.seed)
+            complete &= analyse(subject, command.names(), options, out, verbose=command.verbose)
     except (UsageError, ConfigError, CheckpointError, ValueError, OSError) as error:
         return fail(error)
     return 0 if complete else 1
 
 
-def analyse(subject: Any, only: tuple[str, ...] | None, options: Mapping[str, Mapping[str, object]], out: Path) -> bool:
-    """Run the analyses on a subject, print the table and write the report. Returns whether none of them failed."""
+def analyse(
+    subject: Any,
+    only: tuple[str, ...] | None,
+    options: Mapping[str, Mapping[str, object]],
+    out: Path,
+    *,
+    verbose: bool = False,
+) -> bool:
+    """Run the analyses, print what they decide and write the report. Returns whether none of them failed."""
     from jaxwalk import analyses, report
-
-    def started(name: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{name} ...", end="", file=sys.stderr, flush=True)
 
     failures = []
 
@@ -144,21 +170,63 @@ def analyse(subject: Any, only: tuple[str, ...] | None, options: Mapping[str, Ma
         traceback.print_exception(error)
 
     out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is an error before the work, not after it
-    findings, skipped = analyses.run(subject, only, started, failed, options)
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)
+    with progress(len(only or analyses.names())) as started:
+        findings, skipped = analyses.run(subject, only, started, failed, options)
+    shown = (report.table if verbose else report.scores)(findings, skipped)
     if not findings:  # an earlier report in the folder stays as it is
         print(report.table(findings, skipped))
         print("\nnothing written: no analysis could be run")
         return False
     written = report.write(
-        findings, skipped, out, title=subject.title, facts=subject.facts(), training=subject.metrics()
+        findings,
+        skipped,
+        out,
+        title=subject.title,
+        facts=subject.facts(),
+        training=subject.metrics(),
+        seed=subject.seed,
     )
-    print(report.table(findings, skipped))
+    if verbose:
+        shown = f"{report.scores(findings, skipped)}\n\n{shown}"
+    print(shown)
     for notice in written.notices:
         print(notice)
     print(f"\nwritten: {written.paths.get('report.html', out)}")
     return not failures
+
+
+@contextlib.contextmanager
+def progress(count: int) -> Iterator[Callable[[str], None]]:
+    """Shows how far the analyses are, on a terminal. Yields what is to be called with the name of each as it starts."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from jaxwalk.evidence import engine
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        analyses, paths = bar.add_task("analyses", total=count), bar.add_task("", total=None)
+
+        def started(name: str) -> None:
+            bar.advance(analyses, bar.tasks[paths].description != "")
+            bar.update(paths, description=name, completed=0, total=None)
+
+        with engine.reporting(lambda done, total: bar.update(paths, completed=done, total=total)):
+            yield started
+
+
+def list_analyses() -> int:
+    """Print the analyses with their claims and options. Returns the exit status."""
+    from jaxwalk import analyses
+
+    for name in analyses.names():
+        about = analyses.describe(name)
+        print(f"{name} ({', '.join(about.claims) or 'any claim'})")
+        print(textwrap.fill(about.summary, 100, initial_indent="    ", subsequent_indent="    "))
+        for option, default in about.options.items():
+            print(f"        --set {name}.{option}={default}")
+    return 0
 
 
 def compare(command: Compare) -> int:

@@ -55,6 +55,7 @@ def analyze(*arguments: object) -> subprocess.CompletedProcess:
 def test_one_analysis_with_a_prompt_and_all_that_is_written(run):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     command = [sys.executable, str(ROOT / "analyze.py"), str(run), "--only", "path_law,prompt", "--prompt", "0 1 0"]
+    command += ["--seed", "3"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "excess_loss" in done.stdout
@@ -62,6 +63,8 @@ def test_one_analysis_with_a_prompt_and_all_that_is_written(run):
     findings = json.loads((folder / "findings.json").read_text())
     assert [f["name"] for f in findings] == ["path_law", "prompt"]
     assert findings[0]["measured"]["excess_loss"] > 0
+    assert findings[0]["produced_by"]["seed"] == 3
+    assert findings[0]["produced_by"]["schema"] == 2
     assert all(f["null"] and f["conventions"] and f["verdict"] for f in findings)
     for finding in findings:
         with np.load(folder / "arrays" / f"{finding['name']}.npz") as arrays:
@@ -78,8 +81,37 @@ def test_one_analysis_with_a_prompt_and_all_that_is_written(run):
 def test_what_does_not_apply_says_why_and_the_rest_runs(run, tmp_path):
     done = analyze(run, "--only", "prompt,path_law", "--step", "0", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"not run\n\s+prompt: .*prompt", done.stdout)
+    assert re.search(r"not run +prompt \(--verbose says why\)", done.stdout)
     assert [f["name"] for f in json.loads((tmp_path / "out" / "findings.json").read_text())] == ["path_law"]
+
+
+def test_the_scoreboard_is_short_and_names_every_claim(run, tmp_path):
+    done = analyze(run, "--claim", "C1", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert [line[:2] for line in done.stdout.splitlines() if re.match(r"C[1-8] ", line)] == [
+        f"C{n}" for n in range(1, 9)
+    ]
+    assert len(done.stdout.splitlines()) <= 40
+    names = {finding["name"] for finding in json.loads((tmp_path / "out" / "findings.json").read_text())}
+    assert names == {name for name in jw.analyses.testing(["C1"]) if name != "prompt"}
+    verbose = analyze(run, "--only", "path_law", "--verbose", "--out", tmp_path / "verbose")
+    assert re.search(r"excess_loss +\d", verbose.stdout)
+    listed = analyze("list")
+    assert all(re.search(rf"^{name} \(", listed.stdout, re.MULTILINE) for name in jw.analyses.names())
+    assert "--set path_law.samples=2000" in listed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--claim", "C9"], "unknown claim 'C9'"),
+        (["--claim", "C1", "--only", "path_law"], "either --only or --claim"),
+    ],
+)
+def test_claims_that_cannot_be_asked_for(run, arguments, message):
+    done = analyze(run, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
 
 
 def test_nothing_to_say_leaves_the_report_that_is_there(run, tmp_path):

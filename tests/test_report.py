@@ -14,6 +14,7 @@ import pytest
 
 from jaxwalk import report
 from jaxwalk.analyses import Figure, Finding, Series
+from jaxwalk.evidence.decision import Check, Quantity
 from jaxwalk.report import _plots
 from jaxwalk.report._layout import lay_out
 
@@ -98,6 +99,35 @@ def test_findings_are_strict_json_beside_their_nulls(written):
     assert data[0]["measured"] == {"excess_loss": 0.0012345, "undefined": None}
     assert data[0]["interval"] == {"excess_loss": [0.001, 0.0015]}
     assert data[0]["null"]["untrained"] == findings[0].null["untrained"]
+
+
+def decided(name, shift, quantity="loss", label="untrained"):
+    values = np.random.default_rng(0).normal(size=64) + shift
+    contrast = Quantity(quantity, values, {"untrained": 0.0}).contrast(
+        "untrained", "C2", f"it is {HOSTILE[0]}", at_least=0.5, label=label
+    )
+    check = Check("total_mass", abs(shift), 3.0, f"mass is 1 {HOSTILE[1]}")
+    return finding(name, primary=(contrast,), checks=(check,), figures=())
+
+
+def test_the_scoreboard_opens_terminal_and_page(tmp_path):
+    findings = [decided("path_law", 2.0), decided("narrowing", -4.0, label=HOSTILE[4])]
+    report.write(findings, {"prompt": "none"}, tmp_path, title="x")
+    text = report.scores(findings, {"prompt": "none"}, width=100)
+    assert len(text.splitlines()) < 20
+    assert re.search(r"^C2  contradicted ", text, re.MULTILINE)
+    assert "loss (narrowing): -3.933 vs 0" in text
+    assert "predicted at least 0.5, p < 0.0001" in " ".join(text.split())
+    assert "self-checks  FAILED narrowing.total_mass 4" in text
+    assert "\x1b" not in text
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert page.index('id="scoreboard"') < page.index("The run" if "The run" in page else 'id="finding-0"')
+    assert page.count('class="badge') >= 8 + 2
+    assert "<script>alert" not in page
+    assert report.scores([finding(figures=())], width=80).count("not testable here") == 8
+    verbose = " ".join(report.table(findings, width=100).split())
+    assert "primary C2 supported: loss: 2" in verbose
+    assert "check passed: total_mass 2, at most 3" in verbose
 
 
 def test_arrays_come_back(written):

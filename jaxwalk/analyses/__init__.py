@@ -5,13 +5,17 @@ that have defaults, and raises `NotApplicable`, with the reason, for a subject i
 all there is to adding one. One with `FIRST = True` comes before the others, and its picture opens the report.
 """
 
+import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jaxwalk.config import ConfigError, fits, readable, unknown
 from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series, decide
@@ -22,6 +26,54 @@ __all__ = ["Figure", "Finding", "NotApplicable", "Series", "Subject", "analyse",
 def names() -> tuple[str, ...]:
     """The names of all analyses."""
     return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+
+
+class Description(NamedTuple):
+    """What an analysis is about.
+
+    Attributes:
+        name: of the analysis.
+        claims: the numbers of the claims that it measures, such as "C3".
+        summary: the first sentence of its docstring, without the claims.
+        options: its options -> their defaults, as they are written.
+    """
+
+    name: str
+    claims: tuple[str, ...]
+    summary: str
+    options: Mapping[str, str]
+
+
+def describe(name: str) -> Description:
+    """What the analysis `name` is about, read from its file, which is not imported.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name not in names():
+        raise ConfigError(unknown("analysis", name, names()))
+    spec = importlib.util.find_spec(f"{__name__}.{name}")
+    tree = ast.parse(Path(str(spec and spec.origin)).read_text("utf-8"))
+    sentence = re.split(r"(?<=\.)\s", " ".join((ast.get_docstring(tree) or "").split()))[0]
+    claims, _, summary = sentence.partition(": ")
+    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "analyse")
+    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    options = {argument.arg: "" if default is None else ast.unparse(default) for argument, default in pairs}
+    return Description(name, tuple(re.findall(r"\bC[1-8]\b", claims)), summary or sentence, options)
+
+
+def testing(claims: Sequence[str]) -> tuple[str, ...]:
+    """The names of the analyses that measure one of these claims.
+
+    Raises:
+        ConfigError: for a claim that no analysis measures.
+    """
+    described = [describe(name) for name in names()]
+    known = sorted({claim for each in described for claim in each.claims})
+    for claim in claims:
+        if claim not in known:
+            raise ConfigError(unknown("claim", claim, known))
+    return tuple(each.name for each in described if set(each.claims) & set(claims))
 
 
 def analyse(name: str, subject: Any, **options: Any) -> Finding:
@@ -67,7 +119,7 @@ def run(
                 raise
             failed(name, error)
             skipped[name] = f"it broke: {type(error).__name__}: {error}"
-    if subject.step == 0:
+    if getattr(subject, "step", None) == 0:
         findings = [_without_training(finding) for finding in findings]
     return decide(findings), skipped
 

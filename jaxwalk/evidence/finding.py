@@ -162,9 +162,9 @@ CLAIMS: Mapping[str, str] = {
     "C1": "Behaviours are paths that the model random-walks",
     "C2": "Training learns a distribution over all paths, not only those trained on",
     "C3": "There is no learning in context: a context only narrows the set of paths",
-    "C4": "Knowledge is in the arrangement of vectors, not in particular neurons or layers",
+    "C4": "Knowledge is in the arrangement of vectors, not in neurons or layers",
     "C5": "Proximity of context and token vectors gives the probability of tokens",
-    "C6": "Context vectors are composed by an encoding walk; attention adds an association bias",
+    "C6": "Contexts are composed by an encoding walk; attention adds a bias",
     "C7": "Filters and aggregates describe every sequence model",
     "C8": "Embeddings are concepts: a context vector is the composed concept",
 }

@@ -1,6 +1,6 @@
 """Findings as a terminal table, JSON, arrays, PNG and SVG figures, and one HTML page that needs no network.
 
-    print(table(findings, skipped))
+    print(scores(findings, skipped))  # a line for each claim; `table` has every number
     written = write(findings, skipped, "runs/mess3/analysis", title="mess3", facts={"steps": "2000"})
 
 A `Figure` describes what is shown, not how it is drawn. It is laid out once, in numbers (`_layout`), and two renderers
@@ -15,6 +15,6 @@ The plotting libraries are imported when something is drawn. The table, the JSON
 
 from jaxwalk.report.files import INSTALL, Written, write, write_comparison
 from jaxwalk.report.page import OPENING
-from jaxwalk.report.terminal import comparison_table, table
+from jaxwalk.report.terminal import comparison_table, scores, table
 
-__all__ = ["INSTALL", "OPENING", "Written", "comparison_table", "table", "write", "write_comparison"]
+__all__ = ["INSTALL", "OPENING", "Written", "comparison_table", "scores", "table", "write", "write_comparison"]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxwalk.evidence.decision import Contrast
 from jaxwalk.evidence.finding import Cell, Finding
 
 
@@ -60,6 +61,18 @@ def format_cell(cell: Cell) -> str:
     if isinstance(cell.value, str):
         return escape_unprintable(cell.value)
     return f"{format_number(cell.value)} {format_interval(cell.interval)}".strip()
+
+
+def format_contrast(contrast: Contrast) -> str:
+    """A contrast in numbers: the measured number, that of the null, their difference with its interval, and p."""
+    difference = f"{format_number(contrast.difference)} {format_interval(contrast.interval)}".strip()
+    bound = "at least" if contrast.at_least is not None else "at most"
+    p = contrast.p_value if contrast.adjusted is None else contrast.adjusted
+    chance = "" if p is None or not contrast.units else f", p {'< 0.0001' if p < 1e-4 else f'= {p:.2g}'}"
+    return (
+        f"{format_number(contrast.value)} vs {format_number(contrast.reference)} {contrast.label}; difference "
+        f"{difference} {contrast.unit}, predicted {bound} {format_number(contrast.threshold)}{chance}"
+    )
 
 
 class MeasuredRow(NamedTuple):

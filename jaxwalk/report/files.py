@@ -4,6 +4,8 @@ import contextlib
 import functools
 import json
 import os
+import platform
+import subprocess
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +44,7 @@ def write(
     title: str,
     facts: Mapping[str, object] | None = None,
     training: Iterable[Mapping[str, Any]] = (),
+    seed: int | None = None,
 ) -> Written:
     """Write `findings.json`, `arrays/*.npz`, `figures/*.png` and `.svg`, and `report.html` into `folder`.
 
@@ -55,12 +58,14 @@ def write(
         title: the title of the run.
         facts: what the page says about the run: its config, step, number of parameters, data.
         training: the rows of the run's `metrics.jsonl`, drawn as curves of the loss.
+        seed: of the paths that were drawn, as part of what `findings.json` says of how it was produced.
 
     Raises:
         OSError: if a file cannot be written.
     """
     findings, output = tuple(findings), _ReportFolder(Path(folder))
-    output.write_json("findings.json", [json_data(f.to_dict()) for f in findings])
+    produced_by = provenance(seed)
+    output.write_json("findings.json", [json_data(f.to_dict() | {"produced_by": produced_by}) for f in findings])
     for finding, name in zip(findings, unique_file_names((f.name, "finding") for f in findings), strict=True):
         if finding.arrays:
             output.write_arrays(name, finding.arrays)
@@ -110,6 +115,42 @@ def write_comparison(compared: Comparison, folder: str | Path, *, title: str = "
     output.write_figures(plots)
     output.write_page("compare.html", lambda _: comparison_page(compared, plots, title))
     return Written(output.paths, tuple(output.notices))
+
+
+SCHEMA = 2
+"""The version of the format of `findings.json`."""
+
+
+def provenance(seed: int | None) -> dict[str, Any]:
+    """What a finding depends on beside the model and its data: versions, commit, device, precision and seed."""
+    import jax
+
+    from jaxwalk import __version__
+    from jaxwalk.evidence.engine import PRECISION
+
+    return {
+        "schema": SCHEMA,
+        "jaxwalk": __version__,
+        "commit": _commit(),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "precision": PRECISION,
+        "seed": seed,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that this package is run from; None for an installed package."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 class _ReportFolder:

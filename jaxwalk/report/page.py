@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxwalk.evidence.finding import Comparison, Finding, Section
+from jaxwalk.evidence.decision import Decision
+from jaxwalk.evidence.finding import Comparison, Finding, Section, scoreboard
 from jaxwalk.report._plots import Plot
-from jaxwalk.report._text import escape_html, format_cell, format_number, json_data, measured_rows
+from jaxwalk.report._text import escape_html, format_cell, format_contrast, format_number, json_data, measured_rows
 
 OPENING = "belief_geometry"
 """The analysis whose first figure opens the page, if it was run."""
@@ -56,6 +57,8 @@ def report_page(
 
     opening = _opening_plot(plots)
     body = []
+    if findings:
+        body.append(_scoreboard_section(findings))
     if opening is not None:
         body.append(_opening_section(opening, place))
     if facts:
@@ -138,7 +141,7 @@ def _opening_section(plot: Plot, place: Place) -> str:
 def _summary_section(findings: Sequence[Finding]) -> str:
     rows = "".join(
         f'<tr><td><a class="name" href="#finding-{n}">{escape_html(f.name)}</a></td>'
-        f'<td>{escape_html(f.verdict or f.claim)}</td><td class="against">{_first_nulls(f)}</td></tr>'
+        f'<td>{escape_html(f.summary or f.claim)}</td><td class="against">{_first_nulls(f)}</td></tr>'
         for n, f in enumerate(findings)
     )
     return (
@@ -160,7 +163,50 @@ def _null_elements(nulls: Iterable[tuple[str, str]]) -> str:
 
 
 def _verdict(finding: Finding) -> str:
-    return f'<p class="verdict">{escape_html(finding.verdict)}</p>' if finding.verdict else ""
+    return f'<p class="verdict">{escape_html(finding.summary)}</p>' if finding.summary else ""
+
+
+def _scoreboard_section(findings: Sequence[Finding]) -> str:
+    """For each claim, what is decided, the number that decides, and a link to its finding."""
+    places = {finding.name: n for n, finding in enumerate(findings)}
+    rows = ""
+    for line in scoreboard(findings):
+        numbers, where = "no analysis of this report tests it", ""
+        if line.contrast is not None:
+            numbers = line.contrast.reason or format_contrast(line.contrast)
+            where = f'<a class="name" href="#finding-{places[line.finding]}">{escape_html(line.finding)}</a>'
+        rows += (
+            f"<tr><td>{line.claim}</td><td>{escape_html(line.statement)}</td><td>{_badge(line.decision)}</td>"
+            f"<td>{escape_html(numbers)}</td><td>{where}</td></tr>"
+        )
+    checks = [check for finding in findings for check in finding.checks]
+    failed = sum(not check.passed for check in checks)
+    note = (
+        f'<p class="{"problem" if failed else "note"}">Self-checks: {len(checks) - failed} passed, {failed} failed.</p>'
+    )
+    return (
+        '<section class="card" id="scoreboard"><h2>What this run decides</h2><div class="scroll">'
+        '<table class="scores"><thead><tr><th></th><th>Claim</th><th>Decision</th><th>The number that decides</th>'
+        f"<th>Where</th></tr></thead><tbody>{rows}</tbody></table></div>{note if checks else ''}</section>"
+    )
+
+
+def _badge(decision: Decision) -> str:
+    return f'<span class="badge {decision.split()[0]}">{decision}</span>'
+
+
+def _primary_rows(finding: Finding) -> str:
+    """The contrasts that decide, and the self-checks, as a table; empty without any."""
+    rows = "".join(
+        f"<tr><td>{escape_html(c.claim)}</td><td>{_badge(c.decision)}</td><td>{escape_html(c.statement)}</td>"
+        f"<td>{escape_html(c.quantity)}: {escape_html(c.reason or format_contrast(c))}</td></tr>"
+        for c in finding.primary
+    ) + "".join(
+        f"<tr><td>check</td><td>{'passed' if c.passed else 'FAILED'}</td><td>{escape_html(c.meaning)}</td>"
+        f"<td>{escape_html(c.name)}: {format_number(c.value)}, at most {format_number(c.limit)}</td></tr>"
+        for c in finding.checks
+    )
+    return f'<div class="scroll"><table class="scores"><tbody>{rows}</tbody></table></div>' if rows else ""
 
 
 def _finding_section(n: int, finding: Finding, figures: str) -> str:
@@ -177,6 +223,7 @@ def _finding_section(n: int, finding: Finding, figures: str) -> str:
     return (
         f'<section class="card" id="finding-{n}"><h2 class="name">{escape_html(finding.name)}</h2>'
         f'<p class="claim">{escape_html(finding.claim)}</p>{_verdict(finding)}'
+        f"{_primary_rows(finding)}"
         '<div class="scroll"><table class="numbers"><thead><tr><th>Measured</th><th>Value</th><th>95% interval</th>'
         f"<th>Null or exact reference</th></tr></thead><tbody>{rows}</tbody></table></div>{figures}"
         f"{_details('Conventions', conventions)}{_details('Arrays', arrays)}</section>"

@@ -4,8 +4,41 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from jaxwalk.evidence.finding import Comparison, Finding, Section
-from jaxwalk.report._text import escape_unprintable, format_cell, measured_rows, truncate
+from jaxwalk.evidence.finding import Comparison, Finding, Section, scoreboard
+from jaxwalk.report._text import (
+    escape_unprintable,
+    format_cell,
+    format_contrast,
+    format_number,
+    measured_rows,
+    truncate,
+)
+
+
+def scores(findings: Sequence[Finding], skipped: Mapping[str, str] = {}, *, width: int | None = None) -> str:
+    """The scoreboard: for each claim, what is decided, the number that decides, and where to look.
+
+    Args:
+        findings: the findings of one report.
+        skipped: why each analysis that was not run was skipped, by its name.
+        width: characters per line; by default the width of the terminal.
+    """
+    width = min(_line_width(width), 120)
+    lines = []
+    for line in scoreboard(findings):
+        lines.append(truncate(f"{line.claim}  {line.decision:<18}{line.statement}", width))
+        if line.contrast is not None:
+            where = f"{line.contrast.quantity} ({line.finding})"
+            lines += _wrap("      ", f"{where}: {line.contrast.reason or format_contrast(line.contrast)}", width)
+    checks = [(finding.name, check) for finding in findings for check in finding.checks]
+    failed = [f"{name}.{check.name} {format_number(check.value)}" for name, check in checks if not check.passed]
+    lines += [""] if checks or skipped else []
+    if checks:
+        result = f"FAILED {', '.join(failed)}" if failed else f"all {len(checks)} passed"
+        lines += _wrap("self-checks  ", result, width)
+    if skipped:
+        lines += _wrap("not run      ", f"{', '.join(skipped)} (--verbose says why)", width)
+    return "\n".join(lines)
 
 
 def table(findings: Iterable[Finding], skipped: Mapping[str, str] = {}, *, width: int | None = None) -> str:
@@ -57,8 +90,14 @@ def _wrap(prefix: str, text: str, width: int) -> list[str]:
 
 def _finding_table(finding: Finding, width: int) -> str:
     lines = [escape_unprintable(finding.name), *_wrap("  claim    ", finding.claim, width)]
-    if finding.verdict:
-        lines += _wrap("  verdict  ", finding.verdict, width)
+    if finding.summary:
+        lines += _wrap("  verdict  ", finding.summary, width)
+    for contrast in finding.primary:
+        heading = f"{contrast.claim} {contrast.decision}: {contrast.quantity}: "
+        lines += _wrap("  primary  ", heading + (contrast.reason or format_contrast(contrast)), width)
+    for check in finding.checks:
+        result = f"{'passed' if check.passed else 'FAILED'}: {check.name} {format_number(check.value)}"
+        lines += _wrap("  check    ", f"{result}, at most {format_number(check.limit)}: {check.meaning}", width)
     rows = [("measured", "value", "95% interval")]
     for row in measured_rows(finding):
         if row.name:
