@@ -3,12 +3,14 @@
     python analyze.py runs/mess3 --only proximity,narrowing --prompt "A B A"
     python analyze.py HuggingFaceTB/SmolLM2-135M --prompt "Once upon" --text notes.txt
     python analyze.py compare runs/mess3 runs/rrxor
+    python analyze.py seeds runs/a runs/b runs/c
     python analyze.py list
 
 What is decided about each claim is printed, with the number that decides it and the null that it is held against. All
 numbers are written to the run's folder: analysis/report.html (one page, needs no network), findings.json, arrays/*.npz
-and figures/*.png, *.svg. For a pretrained model the folder is analysis/NAME here. `list` prints the analyses and their
-options, each of which is set by --set ANALYSIS.OPTION=VALUE.
+and figures/*.png, *.svg. For a pretrained model the folder is analysis/NAME here. `seeds` decides the claims over
+several trainings of one config, which have been analysed. `list` prints the analyses and their options, each of which
+is set by --set ANALYSIS.OPTION=VALUE.
 """
 
 import contextlib
@@ -114,6 +116,8 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     if words[:1] == ["compare"]:
         return compare(tyro.cli(Compare, prog="analyze.py compare", args=words[1:], config=CONFIG))
+    if words[:1] == ["seeds"]:
+        return across_seeds(words[1:])
     if words == ["list"]:
         return list_analyses()
     command = tyro.cli(Command, prog="analyze.py", description=__doc__, args=words, config=CONFIG)
@@ -214,6 +218,21 @@ def progress(count: int) -> Iterator[Callable[[str], None]]:
 
         with engine.reporting(lambda done, total: bar.update(paths, completed=done, total=total)):
             yield started
+
+
+def across_seeds(folders: list[str]) -> int:
+    """Print what several analysed runs of one config decide together. Returns the exit status."""
+    from jaxwalk import report
+    from jaxwalk.checkpoint import CheckpointError
+    from jaxwalk.config import ConfigError
+    from jaxwalk.evidence import seeds
+
+    try:
+        findings = seeds.across_seeds(folders)
+    except (ConfigError, CheckpointError, OSError) as error:
+        return fail(error)
+    print(report.scores(findings))
+    return 0
 
 
 def list_analyses() -> int:

@@ -1,20 +1,24 @@
 """Decisions: intervals that cover, p-values that are uniform, and words that follow from them."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
-from jaxwalk import worlds
+from jaxwalk import checkpoint, worlds
 from jaxwalk.analyses import Finding, NotApplicable, Subject
-from jaxwalk.evidence import engine
+from jaxwalk.config import ConfigError
+from jaxwalk.evidence import engine, seeds
 from jaxwalk.evidence.decision import Check, Quantity, Units, adjust, combined, holm, numbers, untestable
 from jaxwalk.evidence.finding import CLAIMS, decide, scoreboard
-from jaxwalk.text import ByteVocabulary
+from jaxwalk.text import ByteVocabulary, SymbolVocabulary
 from jaxwalk.text.store import Split, TokenStore
 from tests.conftest import model_of
+from tests.test_training import small
 
 
 def normal(rng, n):
@@ -25,12 +29,11 @@ def skewed(rng, n):  # an excess loss is like this: positive, with a tail
     return rng.exponential(size=n), 1.0
 
 
-@pytest.mark.parametrize("n", [64, 256])
-@pytest.mark.parametrize("draw", [normal, skewed])
+@pytest.mark.parametrize(("draw", "n"), [(normal, 64), (skewed, 64), (skewed, 256)])
 def test_intervals_of_a_paired_difference_cover_it_in_95_of_100_samples(draw, n):
     rng = np.random.default_rng(n)
     covered, rejected = [], []
-    for _ in range(1000):
+    for _ in range(800):
         shared = rng.normal(size=n)
         x, mean = draw(rng, n)
         quantity = Quantity("x", shared + x, {"null": shared})
@@ -40,7 +43,7 @@ def test_intervals_of_a_paired_difference_cover_it_in_95_of_100_samples(draw, n)
         rejected.append(contrast.p_value < 0.05)
     sides = np.mean(covered, axis=0)
     assert 0.93 <= np.all(covered, axis=1).mean() <= 0.97
-    assert (sides > 0.96).all()  # neither side takes all of the errors
+    assert (sides > 0.95).all()  # neither side takes all of the errors
     assert np.mean(rejected) == pytest.approx(1 - np.all(covered, axis=1).mean(), abs=0.005)  # the same statistic
 
 
@@ -48,7 +51,7 @@ def test_intervals_of_ratios_and_of_clustered_paths_cover_them():
     """Documents of unequal sizes whose paths are alike, under a ratio of means."""
     rng = np.random.default_rng(0)
     covered = []
-    for _ in range(500):
+    for _ in range(300):
         documents = np.repeat(np.arange(40), rng.integers(1, 12, 40))
         own = rng.normal(size=(40, 2))[documents] * 0.5
         values = own + rng.normal(size=(len(documents), 2)) * 0.1 + [2.0, 4.0]
@@ -58,7 +61,7 @@ def test_intervals_of_ratios_and_of_clustered_paths_cover_them():
         low, high = ratio.interval
         covered.append(low < 0.5 < high)
         assert low < ratio.value < high
-    assert 0.91 <= np.mean(covered) <= 0.98
+    assert 0.91 <= np.mean(covered) <= 0.99
     alone = dataclasses.replace(ratio, documents=None).interval
     assert alone[1] - alone[0] < 0.7 * (high - low)  # what ignoring documents would claim
 
@@ -176,6 +179,46 @@ def test_numbers_of_quantities_are_those_of_a_finding():
     }
     assert first.interval == pytest.approx(Units(np.arange(9.0)).interval())
     assert not Check("x", float("nan"), 1.0, "it is").passed
+
+
+# Several seeds
+
+
+def analysed(folder, seed, value, reason="", **changes):
+    """The folder of a run that was analysed, without the training."""
+    config = dataclasses.replace(small(**changes), seed=seed, name=folder.name)
+    definition = checkpoint.definition_of(config, SymbolVocabulary(("0", "1")))
+    checkpoint.prepare_workdir(folder, definition, resume=False, overwrite=False)
+    quantity = Quantity("excess_loss", np.full(20, value), {"ngram": np.full(20, 0.5)})
+    contrast = quantity.contrast("ngram", "C2", "it is", at_most=-0.1, label="n-gram")
+    contrast = dataclasses.replace(contrast, reason=reason)
+    (folder / "analysis").mkdir()
+    (folder / "analysis" / "findings.json").write_text(json.dumps([finding("path_law", contrast).to_dict()]))
+    return folder
+
+
+def test_seeds_of_one_experiment_are_decided_together(tmp_path):
+    values = [0.1, 0.12, 0.08, 0.11]
+    folders = [analysed(tmp_path / str(i), i, value) for i, value in enumerate(values)]
+    (joined,) = seeds.across_seeds(folders)
+    contrast = joined.primary[0]
+    assert (contrast.decision, contrast.units) == ("supported", 4)
+    assert contrast.difference == pytest.approx(np.mean(values) - 0.5)
+    half = stats.t.ppf(0.975, 3) * np.std(values, ddof=1) / 2
+    assert contrast.interval == pytest.approx((contrast.difference - half, contrast.difference + half))
+    other = analysed(tmp_path / "other", 9, 0.1, steps=7)
+    untested = [analysed(tmp_path / f"no{i}", 20 + i, 0.1, "there is no world") for i in range(3)]
+    assert seeds.across_seeds(untested)[0].primary[0].reason.startswith("0 of 3 runs test it")
+    for wrong, message in (
+        (folders[:2], "expected 3 or more different runs"),
+        ([*folders, other], "other and 0 differ in more"),
+        ([folders[0], folders[1], analysed(tmp_path / "again", 0, 0.1)], "runs of different seeds"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            seeds.across_seeds(wrong)
+    (folders[0] / "analysis" / "findings.json").unlink()
+    with pytest.raises(ConfigError, match=f"has not been analysed: python analyze.py {folders[0]}"):
+        seeds.across_seeds(folders)
 
 
 # What is drawn

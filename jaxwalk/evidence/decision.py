@@ -90,6 +90,7 @@ class Quantity:
         statistic: the number as a function of the columns' means; by default the mean itself.
         documents: [n], the document that each path belongs to, for paths that are not independent. The documents are
             the units then.
+        fewest_units: the fewest units that an interval is computed from.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Quantity:
     unit: str = "nats"
     statistic: Statistic | None = None
     documents: Int[np.ndarray, " n"] | None = None
+    fewest_units: int = FEWEST_UNITS
 
     @property
     def value(self) -> float:
@@ -160,7 +162,7 @@ class Quantity:
         offsets = [value if units is None else 0.0 for units, value in
                    ((model, contrast.value), (other, contrast.reference))]  # fmt: skip
         paired = Units(both[0] + offsets[0] - both[1] - offsets[1])
-        if len(paired.values) < FEWEST_UNITS:
+        if len(paired.values) < self.fewest_units:
             return dataclasses.replace(contrast, units=len(paired.values))
         return dataclasses.replace(
             contrast,
@@ -200,7 +202,7 @@ class Quantity:
         return np.arange(n) if self.documents is None else np.unique(self.documents, return_inverse=True)[1]
 
     def _interval(self, units: Units | None) -> tuple[float, float] | None:
-        if units is None or len(units.values) < FEWEST_UNITS or not np.isfinite(units.values).all():
+        if units is None or len(units.values) < self.fewest_units or not np.isfinite(units.values).all():
             return None
         low, high = units.interval()
         # Pseudo-values are about the statistic without its bias: the interval is moved to be about the reported number.
