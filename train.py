@@ -2,6 +2,9 @@
 
 Fields of the config are overridden by name, as in --optim.lr 3e-4 --model.depth 6; `python train.py CONFIG --help`
 lists them all. A run can be stopped with Ctrl-C at any time and goes on with --resume.
+
+The exit status is 0 when the run is finished, 75 when it was stopped and can be resumed, 1 when it failed, and 2 for a
+command line that cannot be read.
 """
 
 import dataclasses
@@ -14,6 +17,8 @@ import tyro
 
 from jaxwalk.config import ConfigError, TrainConfig
 
+STOPPED = 75
+"""The exit status of a run that was stopped and can be resumed: EX_TEMPFAIL, at which schedulers requeue a job."""
 RESUME, AGGREGATE = "--resume", "--model.aggregate"
 
 
@@ -60,22 +65,23 @@ def main(words: list[str] | None = None) -> int:
         if command.distributed:
             jax.distributed.initialize()
         from jaxwalk._program_cache import enable_program_cache
-        from jaxwalk.checkpoint import CheckpointError
+        from jaxwalk.checkpoint import CheckpointError, Run
         from jaxwalk.training import TrainingDiverged, train
     except (ConfigError, ImportError) as error:
         return report(error)
     enable_program_cache()
     config, resume = command.train, command.resume
+    workdir = command.workdir or Path("runs") / config.name
     try:
         train(
             config,
-            command.workdir or Path("runs") / config.name,
+            workdir,
             resume=True if resume == "latest" else False if resume is None else resume,
             overwrite=command.overwrite,
         )
     except (ConfigError, CheckpointError, TrainingDiverged, OSError, ImportError) as error:
         return report(error)
-    return 0
+    return 0 if Run(workdir).resolve("latest") == config.steps else STOPPED
 
 
 def with_explicit_step(words: list[str]) -> list[str]:

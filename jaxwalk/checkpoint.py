@@ -13,10 +13,12 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import socket
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,12 +101,12 @@ def _upgraded(definition: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, or none if there is no such file. Lines truncated by a crash are skipped."""
+    """The rows of a metrics.jsonl, or none if there is no such file. Lines that a crash damaged are skipped."""
     rows = []
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
+    for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except ValueError:  # also of bytes that are not UTF-8
             continue
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
@@ -157,6 +159,8 @@ class Checkpoints:
     def resume(self, template: Any, step: int | None = None) -> tuple[int, Any, list[int]]:
         """Restore the state to resume training from, and delete later steps, which training will reach again.
 
+        A run that was stopped before its first state was saved resumes from `template` itself, at step 0.
+
         Args:
             template: a state, whose structure, shapes and shardings the result has.
             step: the step to resume from; the latest by default.
@@ -168,19 +172,22 @@ class Checkpoints:
             CheckpointError: if there is no such state, or it cannot be read. Names the step and the previous one.
         """
         steps = sorted(self._state.all_steps())
-        if not steps:
-            raise CheckpointError(f"no state to resume from in {self.folder / 'state'}. Start over without --resume.")
+        if not steps and not step:
+            return 0, template, self._delete_after(-1)
         step = steps[-1] if step is None else step
         if step not in steps:
             raise CheckpointError(f"step: expected one of the saved states {steps}, got {step}.")
         restored = _read(self.folder / "state" / str(step) / "default", template, step, steps, "--resume")
+        return step, restored, self._delete_after(step)
+
+    def _delete_after(self, step: int) -> list[int]:
         deleted = set()
         for manager in (self._state, self._parameters):
             for later in manager.all_steps():
                 if later > step:
                     manager.delete(later)
                     deleted.add(later)
-        return step, restored, sorted(deleted)
+        return sorted(deleted)
 
     def latest(self) -> int | None:
         """The latest step that training can resume from, or None."""
@@ -370,16 +377,55 @@ def load(
     return astype(run.model(step, mesh), dtype), run.vocabulary
 
 
+LOCK, OWNER = ".lock", ".owner"
+"""Files in the folder of a run that is being trained: what is locked, and which process has locked it."""
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Within the block, no other process may train in this folder. The lock of a process that is killed is released.
+
+    Raises:
+        ConfigError: if another process trains in it. Names the process.
+    """
+    there = workdir.is_dir()
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(workdir / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        owner = workdir / OWNER
+        holder = owner.read_text("utf-8") if owner.is_file() else "another process"
+        raise ConfigError(
+            f"{workdir}: {holder} is training in this folder. Wait until it is done, stop it, or use another --workdir."
+        ) from None
+    try:
+        (workdir / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+        yield
+    finally:
+        (workdir / OWNER).unlink(missing_ok=True)
+        lock.release()
+        if not there and not (workdir / "config.json").exists():  # a run that was refused leaves nothing behind
+            (workdir / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                workdir.rmdir()
+
+
 def prepare_workdir(workdir: Path, definition: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
     """Create a run's folder, or check that it holds this run. Raises ConfigError rather than lose any data."""
-    file = workdir / "config.json"
+    file, partial = workdir / "config.json", workdir / "config.json.tmp"
     if overwrite and resume:
         raise ConfigError("--overwrite deletes the run that --resume would continue: choose one of them.")
     if overwrite and file.exists():
         read_definition(file)  # raises unless this is a run: nothing else is deleted
-        shutil.rmtree(workdir)
+        for entry in workdir.iterdir():
+            if entry.name not in (LOCK, OWNER):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if not file.exists() and resume:
+        _restore_config(workdir)
     if not file.exists():
-        if workdir.is_dir() and any(workdir.iterdir()):
+        others = workdir.iterdir() if workdir.is_dir() else ()
+        if any(entry.name not in (LOCK, OWNER, partial.name) for entry in others):
             raise ConfigError(
                 f"{workdir}: expected a run's folder or an empty one, got other files in it. Use another --workdir."
             )
@@ -399,9 +445,22 @@ def prepare_workdir(workdir: Path, definition: Mapping[str, Any], *, resume: boo
             raise ConfigError(
                 f"{workdir} already holds this run. Use --resume to continue it, or --overwrite to start over."
             )
-    partial = file.with_suffix(".json.tmp")
     partial.write_text(json.dumps(definition, indent=2) + "\n", "utf-8")
     os.replace(partial, file)
+
+
+def _restore_config(workdir: Path) -> None:
+    """Write the config.json of a run that has lost it, from the definition that each of its steps has."""
+    steps = [int(f.name) for f in (workdir / "checkpoints" / "parameters").glob("*") if f.name.isdigit()]
+    for step in sorted(steps, reverse=True):
+        source = workdir / "checkpoints" / "parameters" / str(step) / "definition" / "metadata"
+        with contextlib.suppress(CheckpointError):
+            definition = read_definition(source)
+            kept = {
+                key: definition[key] for key in ("format_version", "config", "vocabulary", "store") if key in definition
+            }
+            (workdir / "config.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+            return
 
 
 # Settings that may change when a run is resumed, since they do not affect the trained parameters.

@@ -268,6 +268,23 @@ def test_a_finished_run_is_not_run_over(finished):
     assert (workdir / "metrics.jsonl").exists()
 
 
+def test_a_run_that_was_killed_before_its_first_state_or_lost_its_config_resumes(finished, tmp_path):
+    workdir, _, scores = finished
+    config = small(sample_every=10)
+    tmp_path /= "run"
+    tmp_path.mkdir()
+    (tmp_path / "config.json.tmp").write_text('{"format')  # killed while it was written
+    shutil.copy(workdir / "config.json", tmp_path / "config.json")
+    assert training.train(config, tmp_path, resume=True, out=io.StringIO()) == scores
+    assert {f.name for f in tmp_path.iterdir()} == {f.name for f in workdir.iterdir()}
+    before = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").unlink()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 20, "los\xff\xfe\n')
+    assert training.train(config, tmp_path, resume=True, out=io.StringIO()) == scores
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(before)
+
+
 def test_resuming_a_run_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="expected a run to resume"):
         training.train(small(), tmp_path / "none", resume=True, out=io.StringIO())
@@ -422,13 +439,16 @@ def whole(tmp_path_factory) -> list[np.ndarray]:
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, whole, how):
     stopped = launch(tmp_path, "stopped", *STEPS)
     wait_for_step(stopped, 60)
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match=rf"process {stopped.pid} on .* is training in this folder"):
+            training.train(small(steps=400), tmp_path / "stopped", out=io.StringIO(), **options)
     stopped.send_signal(how)
     printed = stopped.stdout.read()
     status = stopped.wait(timeout=60)
     if how == signal.SIGKILL:
         assert status == -signal.SIGKILL
     else:
-        assert status == 0, printed
+        assert status == 75, printed  # stopped, and can be resumed
         assert "--resume" in printed
     saved = max(int(p.name) for p in (tmp_path / "stopped" / "checkpoints" / "state").iterdir() if p.name.isdigit())
     assert 0 < saved < 400, "it was stopped on its way"

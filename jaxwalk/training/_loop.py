@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxwalk import text, worlds
-from jaxwalk.checkpoint import Checkpoints, definition_of, prepare_workdir, read_metrics
+from jaxwalk.checkpoint import Checkpoints, definition_of, locked, prepare_workdir, read_metrics
 from jaxwalk.config import ConfigError, TrainConfig, WorldData
 from jaxwalk.filters import stream
 from jaxwalk.model.build import resolve as resolve_model, resolved_layers
@@ -61,6 +61,22 @@ def train(
     stop, progress = Stop(), Progress(config.steps, out)
     program, state = _build(config, progress.line)
     # The folder is modified last, so that a config that cannot be built leaves it untouched.
+    with locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        return _train_in(workdir, program, state, stop, progress, resume=resume, overwrite=overwrite)
+
+
+def _train_in(
+    workdir: Path,
+    program: "_Program",
+    state: State,
+    stop: Stop,
+    progress: Progress,
+    *,
+    resume: bool | int,
+    overwrite: bool,
+) -> dict[str, float]:
+    """Train in a folder that no other process trains in."""
+    config = program.config
     definition = definition_of(config, program.batches.vocabulary, program.store)
     if jax.process_index() == 0:
         prepare_workdir(workdir, definition, resume=resume is not False, overwrite=overwrite)
