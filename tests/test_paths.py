@@ -347,6 +347,24 @@ def test_a_tilted_law_sees_rare_events(monkeypatch):
     assert np.abs(z).max() < 4
 
 
+def test_an_entropy_of_which_all_samples_are_one_path_is_not_certain(monkeypatch):
+    m = model(3)
+    sharp = dataclasses.replace(m, unembed=dataclasses.replace(m.unembed, weight=8 * m.unembed.weight))
+    for proposal in (None, jw.Tilt((2,), 0.1)):
+        monkeypatch.undo()
+        truth = jw.path_entropy(sharp, PROMPT, 4).value
+        monkeypatch.setattr("jaxwalk.paths.estimates.ENUMERABLE", 1)
+        coincided = 0
+        for seed in range(8):
+            value, error, _ = jw.path_entropy(sharp, PROMPT, 4, key=jax.random.key(seed), samples=2, proposal=proposal)
+            same = np.ptp(jw.sample_paths(sharp, PROMPT, jax.random.key(seed), 4, 2).tokens, axis=0).max() == 0
+            if same and proposal is None:
+                coincided += 1
+                assert abs(value - truth) <= error
+            assert error > 0
+        assert proposal is not None or coincided
+
+
 def test_tokens_that_cannot_come_have_no_entropy(monkeypatch):
     m = model()
     bias = jnp.array([-jnp.inf, *[0.0] * (V - 1)])
