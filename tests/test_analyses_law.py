@@ -300,17 +300,27 @@ def test_visits_of_walks_are_those_of_the_world_by_brute_force():
     assert abs(missed.mean() - even) < 4 * missed.std() / math.sqrt(4000)
 
 
+def untrained_of(seed):
+    return model_of(seed=seed, vocab_size=3, max_length=12, width=8, depth=1)
+
+
+def independent_of(seed):
+    """What training on independent tokens comes to: their frequencies, nearly."""
+    frequencies = np.exp(np.random.default_rng(seed).normal(scale=0.01, size=3))
+    return markov_model(np.tile(frequencies / frequencies.sum(), (3, 1)), 12)
+
+
 @pytest.mark.slow
-def test_untrained_models_support_nothing(monkeypatch):
+@pytest.mark.parametrize("null_model", [untrained_of, independent_of])
+def test_what_has_learned_nothing_supports_nothing(null_model, monkeypatch):
     world = jw.worlds.mess3()
-    monkeypatch.setattr(path_law, "best_ngram", functools.cache(lambda s, n: laws.best_ngram(fitted, n)))
-    shape = {"vocab_size": 3, "max_length": 12, "width": 8, "depth": 1}
-    fitted = Subject(model_of(**shape), world=world)
+    ngram = laws.best_ngram(Subject(untrained_of(0), world=world), 13)
+    monkeypatch.setattr(path_law, "best_ngram", lambda subject, length: ngram)
     decisions = []
     for seed in range(20):
         subject = Subject(
-            model_of(seed=seed, **shape),
-            untrained=model_of(seed=seed + 100, **shape),
+            null_model(seed),
+            untrained=null_model(seed + 100),
             world=world,
             training_tokens=36_000,
             training_paths=lambda step, seed=seed: trained_on(seed),
@@ -338,9 +348,11 @@ def test_real_text_is_measured_against_the_uniform_law_and_ngrams(pydoc):
     assert null["ngram"] < null["unigram"] < null["uniform"] == pytest.approx(math.log(257))
     assert finding.conventions["bytes_per_token"] == pytest.approx(1, abs=0.01)
     assert finding.measured["bits_per_byte"] == pytest.approx(loss / math.log(2), rel=0.01)
+    assert finding.conventions["documents"] < 8
+    assert not finding.interval
+    assert [(c.claim, c.decision) for c in finding.primary] == [("C2", "undecided"), ("C1", "undecided")]
+    assert all("independent units are too few" in c.sentence for c in finding.primary)
     for key in ("calibration_error", "top_calibration_error"):
-        low, high = finding.interval[key]
-        assert low <= finding.measured[key] <= high
         assert null[f"{key}.calibrated"] >= 0
     rows = pydoc.paths(64, 17)
     log_p = jax.jit(jax.vmap(jw.path_log_prob, (None, 0)))(pydoc.model, rows)

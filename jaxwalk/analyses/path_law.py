@@ -219,7 +219,7 @@ def _on_unseen(subject: Subject, steps: dict[str, Steps], paths: np.ndarray) -> 
     if subject.training_paths is None or subject.training_tokens > MOST_TRAINING_TOKENS:
         which = "are unknown" if subject.training_paths is None else "are too many"
         return _Part(primary=[cannot(f"the paths that it was trained on {which}")])
-    training = subject.training_paths(subject.step or 0)
+    training = np.asarray(subject.training_paths(subject.step or 0))
     if len(training) < len(paths):
         return _Part(primary=[cannot(f"it was trained on {len(training)} paths, fewer than are held out")])
     kl, gain = steps["model"].kl, steps["unigram"].kl - steps["model"].kl

@@ -264,7 +264,7 @@ def _sampled_entropy(model: Transformer, prompt: Array, count: Array, key: Key, 
     least = P * entropies[0]
     most = least + rest * sampling.steps * math.log(model.vocab_size)
     bound = jnp.maximum(jnp.abs(values[0] - least), jnp.abs(most - values[0]))
-    error = jnp.where((rows == rows[0]).all(), bound, values.std(ddof=1) / math.sqrt(sampling.samples))
+    error = jnp.where((rows == rows[:1]).all(), bound, values.std(ddof=1) / math.sqrt(sampling.samples))
     return Estimate(values.mean(), error, _effective_samples(weights))
 
 
