@@ -303,18 +303,18 @@ def test_visits_of_walks_are_those_of_the_world_by_brute_force():
     world, prompt = chain("forbids"), np.array([0, 1])
     rows = np.array(list(itertools.product(range(3), repeat=3)))
     p = np.array([world_probability(world, [*prompt, *row]) for row in rows]) / world_probability(world, prompt)
-    expected = [p[(rows == v).any(axis=1)].sum() for v in range(3)]
+    expected = [[p[(rows[:, : s + 1] == v).any(axis=1)].sum() for v in range(3)] for s in range(3)]
     visits = jax.jit(path_law.world_visits)(world, prompt, rows)
     np.testing.assert_allclose(visits, expected, rtol=1e-5)
     # Without bias, though the walks are few.
     numbers = np.arange(4000, dtype=np.int32)
-    each = np.broadcast_to(prompt.astype(np.int32), (4000, 2)), np.broadcast_to(visits, (4000, 3)), numbers
+    each = np.broadcast_to(prompt.astype(np.int32), (4000, 2)), np.broadcast_to(visits, (4000, 3, 3)), numbers
     models = exact_subject().model, exact_subject().untrained
     errors, missed = (
         engine.measure(path_law.walk_error(3, 8), model, *each, shared=(np.int32(0),)) for model in models
     )
     assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(4000)
-    even = sum((1 - (2 / 3) ** 3 - v) ** 2 for v in expected)
+    even = sum((1 - (2 / 3) ** (s + 1) - expected[s][v]) ** 2 for s in range(3) for v in range(3)) / 3
     assert abs(missed.mean() - even) < 4 * missed.std() / math.sqrt(4000)
 
 

@@ -167,7 +167,7 @@ def _on_world(subject: Subject, laws: dict[str, Any], steps: dict[str, Steps], b
     allowed = mass > 0
     if m > 1:
         log_model = {name: log_first + exact[name].log_prob[:, : m - 1].sum(axis=1) for name in laws}
-        kl = {name: float(mass[allowed] @ (log_world - log_p)[allowed]) for name, log_p in log_model.items()}
+        kl = {name: float(mass[allowed] @ (log_world[allowed] - log_p[allowed])) for name, log_p in log_model.items()}
         off = {name: float(np.exp(log_p[~allowed]).sum()) for name, log_p in log_model.items()}
         total = float(np.exp(log_model["model"]).sum())
         out.quantities += [
@@ -367,7 +367,7 @@ def _summed(gaps: np.ndarray) -> Any:
 
 
 def _visits(subject: Subject, laws: dict[str, Any], drawn: Draw) -> _Part:
-    """C1: how often walks of the model visit each token within n steps, after held-out contexts."""
+    """C1: how often walks of the model visit each token within 1, ..., n steps, after held-out contexts."""
     world, V = subject.world, subject.model.vocab_size
     data = "world" if world is not None else "text"
     walks = WALKS[data]
@@ -375,7 +375,7 @@ def _visits(subject: Subject, laws: dict[str, Any], drawn: Draw) -> _Part:
     room = drawn.tokens.shape[1] - given
     n = min(room, STEPS_ON_TEXT if world is None else max(1, int(math.log(CONTINUATIONS) / math.log(max(V, 2)) + 1e-9)))
     share = SHARE_OF_VISITS[data]
-    statement = f"given a context, walks of the model visit tokens within {n} steps as often as the {data} does"
+    statement = f"given a context, walks of the model visit tokens within 1 to {n} steps as often as the {data} does"
     cannot = functools.partial(untestable, "C1", statement, "visit_error")
     paths = drawn.tokens[:PROMPTS, : given + n]
     before, after = paths[:, :given], paths[:, given:]
@@ -383,11 +383,13 @@ def _visits(subject: Subject, laws: dict[str, Any], drawn: Draw) -> _Part:
         fit = subject.draw(BASE_PATHS, given + n, to_fit=True).tokens[:, given:]
     except NotApplicable as reason:
         return _Part(primary=[cannot(str(reason).rstrip("."))])
-    truth = _visited(after, V) if world is None else measure(
-        world_visits, world, before, shared=(continuations(V, n),), elements=ELEMENTS // V**n
-    )  # fmt: skip
-    base = np.bincount(np.unique(fit + V * np.arange(len(fit))[:, None]) % V, minlength=V) / len(fit)
-    base_error = ((base - truth) ** 2).sum(axis=1) - (base * (1 - base)).sum() / (len(fit) - 1)
+    if world is None:
+        truth = np.asarray(jax.vmap(functools.partial(_visited_by, V=V))(jnp.asarray(after)))
+    else:
+        rows = continuations(V, n)
+        truth = measure(world_visits, world, before, shared=(rows,), elements=ELEMENTS // len(rows))
+    base = np.stack([_visit_rates(fit[:, : s + 1], V) for s in range(n)])
+    base_error = ((base - truth) ** 2).sum(axis=(1, 2)) / n - (base * (1 - base)).sum() / n / (len(fit) - 1)
     each = before, truth.astype(np.float32), np.arange(len(paths), dtype=np.int32)
     seed = np.int32(subject.seed)
     errors = {
@@ -413,41 +415,49 @@ def _visits(subject: Subject, laws: dict[str, Any], drawn: Draw) -> _Part:
         quantities=[quantity],
         primary=[contrast],
         conventions={
-            "visit_error": f"squared difference between the share of {walks} walks by {n} steps that visit a token and "
+            "visit_error": f"squared difference between the share of {walks} walks that visit a token by a step and "
             + ("the world's exact probability" if world is not None else "whether the text does")
-            + f", without its sampling variance, after {given} tokens of {len(paths)} held-out paths",
+            + f", without its sampling variance, summed over tokens, mean over {n} steps, after {given} tokens of "
+            f"{len(paths)} held-out paths",
         },
     )
 
 
-def _visited(after: Int[np.ndarray, "n S"], V: int) -> Float[np.ndarray, "n V"]:
-    """Whether each token occurs in each row."""
-    visited = np.zeros((len(after), V))
-    visited[np.arange(len(after))[:, None], after] = 1
-    return visited
+def _visited_by(path: Int[Array, " S"], V: int) -> Float[Array, "S V"]:
+    """Whether a path has visited each token by each step."""
+    return jax.lax.cummax(jax.nn.one_hot(path, V), axis=0)
 
 
-def world_visits(world: Any, prompt: Int[Array, " P"], rows: Int[Array, "N S"]) -> Float[Array, " V"]:
-    """The probability that the world, after a prompt, visits each token in as many steps as `rows`, which are all."""
+def _visit_rates(paths: Int[np.ndarray, "n S"], V: int) -> Float[np.ndarray, " V"]:
+    """The share of paths that visit each token."""
+    visited = np.unique(paths + V * np.arange(len(paths))[:, None]) % V
+    return np.bincount(visited, minlength=V) / len(paths)
+
+
+def world_visits(world: Any, prompt: Int[Array, " P"], rows: Int[Array, "N S"]) -> Float[Array, "S V"]:
+    """The probability that the world, after a prompt, visits each token by each step, where `rows` are all paths."""
 
     def log_prob(row: Array) -> Array:
         return world.path_log_prob(jnp.concatenate([prompt, row]), given=len(prompt))
 
-    visited = jax.vmap(lambda row: jnp.zeros(world.vocab_size).at[row].set(1))(rows)
-    return jnp.exp(jax.vmap(log_prob)(rows)) @ visited
+    visited = jax.vmap(functools.partial(_visited_by, V=world.vocab_size))(rows)
+    return jnp.einsum("n,nsv->sv", jnp.exp(jax.vmap(log_prob)(rows)), visited)
 
 
 @functools.cache
 def walk_error(steps: int, walks: int) -> Any:
-    """The measure of how far the visits of sampled walks are from the truth, in bounded memory."""
+    """The measure of how far the visits of sampled walks are from the truth."""
 
     def walk_error(
-        model: Transformer, prompt: Int[Array, " P"], truth: Float[Array, " V"], index: Int[Array, ""], seed: Any
+        model: Transformer, prompt: Int[Array, " P"], truth: Float[Array, "S V"], index: Int[Array, ""], seed: Any
     ) -> Float[Array, ""]:
-        """The squared error of the share of walks that visit each token, summed, without its sampling variance."""
+        """The mean over steps of the squared error of the share of walks that have visited a token, summed over tokens.
+
+        The variance of sampling is subtracted.
+        """
         tokens = sample_paths(model, prompt, jax.random.fold_in(jax.random.key(seed), index), steps, walks).tokens
-        share = jax.vmap(lambda row: jnp.zeros(model.vocab_size).at[row].set(1))(tokens).mean(axis=0)
-        return jnp.sum((share - truth) ** 2 - share * (1 - share) / (walks - 1))
+        share = jax.vmap(functools.partial(_visited_by, V=model.vocab_size))(tokens).mean(axis=0)
+        return jnp.sum((share - truth) ** 2 - share * (1 - share) / (walks - 1)) / steps
 
     return walk_error
 
