@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -10,14 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import jaxwalk as jw
-from jaxwalk.analyses import NotApplicable, Subject, analyse
-from jaxwalk.config import ConfigError
-from jaxwalk.evidence import laws, statistics
-from jaxwalk.evidence.laws import NGram, _observe, fit_ngrams
+from jaxwalk import training
+from jaxwalk.analyses import NotApplicable, Subject, analyse, open_subject, path_law
+from jaxwalk.config import ConfigError, WorldData
+from jaxwalk.evidence import engine, laws, statistics
+from jaxwalk.evidence.laws import NGram, Steps, began_training, fit_ngrams
 from jaxwalk.text import open_store
+from jaxwalk.text.store import Split
 from tests.conftest import model_of
+from tests.test_training import small
 
 # A chain of order one that forbids 0 -> 2, and one in which every token mostly repeats.
 FORBIDS = np.array([[0.6, 0.4, 0.0], [0.1, 0.2, 0.7], [0.5, 0.3, 0.2]])
@@ -71,18 +76,19 @@ def found_prompt():
 
 
 class Store:
-    """Text that a chain wrote: windows of one document each."""
+    """Text that a chain wrote, in documents of one length."""
 
-    def __init__(self, law):
-        self.law = law
+    def __init__(self, law, document=400, documents=200):
+        self.train, self.validation = (self.split(law, document, documents, seed) for seed in range(2))
 
-    def batch(self, seed, step, batch_size, length, split="train"):
-        rng = np.random.default_rng([seed, step, split == "train"])
-        tokens = np.zeros((batch_size, length), np.int32)
-        for t in range(1, length):
-            cumulative = self.law[tokens[:, t - 1]].cumsum(axis=1)
-            tokens[:, t] = (rng.random((batch_size, 1)) > cumulative).sum(axis=1).clip(max=len(self.law) - 1)
-        return tokens, np.ones_like(tokens)
+    @staticmethod
+    def split(law, document, documents, seed):
+        rng = np.random.default_rng(seed)
+        tokens = np.zeros((documents, document), np.int32)
+        for t in range(1, document):
+            cumulative = law[tokens[:, t - 1]].cumsum(axis=1)
+            tokens[:, t] = (rng.random((documents, 1)) > cumulative).sum(axis=1).clip(max=len(law) - 1)
+        return Split(tokens.ravel(), np.arange(documents) * document, tokens.size)
 
     def bytes_per_token(self, split="validation"):
         return 2.0
@@ -113,8 +119,7 @@ def test_an_exact_model_has_no_excess_and_no_mass_off_the_support():
     assert finding.measured["total_mass"] == pytest.approx(1, abs=1e-5)
     assert finding.measured["calibration_error"] < 1e-6
     assert finding.measured["top_calibration_error"] < 1e-6
-    assert finding.measured["g_test_p"] > 1e-4
-    assert finding.null["g_test_p.untrained"] < 1e-10
+    assert [check.name for check in finding.checks if check.passed] == ["total_mass", "sampler"]
     assert finding.null["mass_off_support.untrained"] > 0.1
     assert finding.null["untrained"] == pytest.approx(finding.null["uniform"], rel=1e-5)
     assert 0 < finding.null["ngram"] < 1e-3
@@ -192,9 +197,157 @@ def test_text_is_measured_in_nats_and_bits_per_byte_against_ngrams():
     assert finding.measured["bits_per_byte"] == pytest.approx(finding.measured["loss"] / math.log(2) / 2)
     assert "excess_loss" not in finding.measured
     assert finding.null["ngram"] == pytest.approx(finding.measured["loss"], abs=0.01)
-    # Windows begin with token 0, and so are not stationary: the unigram loss lies a little below log 3.
     assert finding.measured["loss"] + 0.4 < finding.null["unigram"] < math.log(3) + 0.05
     assert finding.null["bits_per_byte.unigram"] == pytest.approx(finding.null["unigram"] / math.log(2) / 2)
+
+
+def test_an_exact_law_supports_both_claims_and_what_knows_no_context_neither():
+    law = PERSISTS
+    training = {
+        "training_tokens": 6000,
+        "training_paths": lambda step: chain("persists").sample(jax.random.key(3), 500, 13),
+    }
+    subject = Subject(markov_model(law, 12), world=chain("persists"), **training)
+    finding = analyse("path_law", subject, paths=256)
+    assert [(c.claim, c.decision) for c in finding.primary] == [("C2", "supported")] * 2 + [("C1", "supported")]
+    assert abs(finding.measured["visit_error"]) < 0.1 * finding.null["visit_error.base_rates"]
+    # Independent tokens, and the same law of other tokens.
+    for wrong in (np.full((3, 3), 1 / 3), law[[1, 2, 0]]):
+        finding = analyse("path_law", dataclasses.replace(subject, model=markov_model(wrong, 12)), paths=256)
+        assert "supported" not in [c.decision for c in finding.primary]
+        assert finding.primary[0].decision == finding.primary[2].decision == "contradicted"
+    assert finding.primary[1].decision != "not testable here"
+
+
+def test_where_counting_leaves_room_the_law_must_be_nearer_than_ngrams():
+    rng = np.random.default_rng(0)
+    law = rng.dirichlet(np.full(48, 0.5), size=48)
+    world = jw.worlds.HiddenMarkov(np.einsum("iv,jv->vij", law, np.eye(48)))
+    for model, decision in ((markov_model(law, 6), "supported"), (markov_model(law, 6, sharpness=0.8), "contradicted")):
+        contrast = analyse("path_law", Subject(model, world=world), paths=64, samples=400).primary[0]
+        assert (contrast.null, contrast.decision) == ("ngram", decision)
+        assert contrast.reference > path_law.NGRAM_ROOM
+    on_text = Subject(markov_model(PERSISTS, 12), store=Store(PERSISTS, documents=40), training_tokens=1)
+    assert analyse("path_law", on_text).primary[0].decision != "supported"  # counts know this law as well
+
+
+def fabricated(kl, paths, training, base=0.5):
+    """What `path_law` finds of unseen contexts, of a model with this excess [n, T] over a law of this excess."""
+    world = jw.worlds.mess3()
+    law = np.asarray(jax.jit(jax.vmap(world.next_log_probs))(paths), float)[:, 1:-1]
+    followed = np.take_along_axis(law, paths[:, 1:, None], axis=-1)[..., 0]
+    steps = {
+        name: Steps(None, None, each, followed, None, None, None)
+        for name, each in (("model", kl), ("unigram", np.full_like(kl, base)))
+    }
+    subject = Subject(model_of(vocab_size=3), world=world, training_paths=lambda step: training, step=1)
+    return path_law._on_unseen(subject, steps, paths)
+
+
+@functools.cache
+def trained_on(seed, n=3000):
+    return np.asarray(jw.worlds.mess3().sample(jax.random.key(seed), n, 13))
+
+
+def test_contexts_of_training_are_found_and_memory_of_them_is_told_from_a_law():
+    paths, training = trained_on(0)[:512], trained_on(1)
+    seen = began_training(paths, training)
+    for i, t in ((0, 3), (5, 8), (17, 11), (40, 12)):
+        assert seen[i, t] == any((row[: t + 1] == paths[i, : t + 1]).all() for row in training)
+    assert seen[:, 0].all()
+    assert 0.05 < seen[:, -1].mean() < 0.95
+    rng = np.random.default_rng(0)
+    noise = rng.exponential(0.01, (512, 12))
+    (memory,) = fabricated(np.where(seen[:, :-1], 0, 0.3) + noise, paths, training).primary
+    (law,) = fabricated(noise, paths, training).primary
+    (nothing,) = fabricated(0.49 + noise, paths, training).primary
+    assert [c.decision for c in (memory, law, nothing)] == ["contradicted", "supported", "undecided"]
+    (few,) = fabricated(noise, paths, training[:100]).primary
+    assert "trained on 100 paths, fewer than are held out" in few.reason
+    (all_seen,) = fabricated(noise, paths, np.concatenate([paths] * 9)).primary
+    assert "too few of the held-out contexts are unseen by chance" in all_seen.reason
+
+
+def test_the_paths_of_training_are_those_that_a_run_has_trained_on(tmp_path):
+    config = dataclasses.replace(small(), data=WorldData("mess3"), steps=3, steps_per_call=1, log_every=1)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=3))
+    training.train(config, tmp_path / "run", out=io.StringIO())
+    subject = open_subject(tmp_path / "run")
+    paths = subject.training_paths(3)
+    assert paths.shape == (3 * config.batch_size, config.model.max_length + 1)
+    np.testing.assert_array_equal(subject.training_paths(1), paths[: config.batch_size])
+    log_p = jax.jit(jax.vmap(jw.path_log_prob, (None, 0)))(subject.untrained, paths[: config.batch_size])
+    first = next(row for row in subject.metrics() if row["step"] == 1)
+    assert first["loss"] == pytest.approx(-float(log_p.mean()) / config.model.max_length, rel=1e-5)
+
+
+def test_rare_contexts_that_are_hard_are_not_taken_for_unseen_ones():
+    """The excess is larger the rarer the context is, whether or not it occurred."""
+    differences, naive = [], []
+    world = jw.worlds.mess3()
+    for seed in range(12):
+        paths, training = trained_on(2 * seed)[:512], trained_on(2 * seed + 1)
+        law = np.asarray(jax.jit(jax.vmap(world.next_log_probs))(paths), float)
+        log_p = np.take_along_axis(law[:, :-1], paths[..., None], axis=-1)[..., 0].cumsum(axis=1)[:, :-1]
+        kl = -log_p / 50
+        excess = fabricated(kl, paths, training).quantities[1]
+        differences.append(excess.value - excess.references["seen"])
+        seen = began_training(paths, training)[:, :-1]
+        naive.append(kl[~seen].mean() - kl[seen].mean())
+    assert np.mean(naive) > 0.1
+    assert abs(np.mean(differences)) < 3 * np.std(differences) / math.sqrt(12) + 1e-3
+    assert abs(np.mean(differences)) < 0.05 * np.mean(naive)
+
+
+def test_visits_of_walks_are_those_of_the_world_by_brute_force():
+    world, prompt = chain("forbids"), np.array([0, 1])
+    rows = np.array(list(itertools.product(range(3), repeat=3)))
+    p = np.array([world_probability(world, [*prompt, *row]) for row in rows]) / world_probability(world, prompt)
+    expected = [[p[(rows[:, : s + 1] == v).any(axis=1)].sum() for v in range(3)] for s in range(3)]
+    visits = jax.jit(path_law.world_visits)(world, prompt, rows)
+    np.testing.assert_allclose(visits, expected, rtol=1e-5)
+    # Without bias, though the walks are few.
+    numbers = np.arange(4000, dtype=np.int32)
+    each = np.broadcast_to(prompt.astype(np.int32), (4000, 2)), np.broadcast_to(visits, (4000, 3, 3)), numbers
+    models = exact_subject().model, exact_subject().untrained
+    errors, missed = (
+        engine.measure(path_law.walk_error(3, 8), model, *each, shared=(np.int32(0),)) for model in models
+    )
+    assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(4000)
+    even = sum((1 - (2 / 3) ** (s + 1) - expected[s][v]) ** 2 for s in range(3) for v in range(3)) / 3
+    assert abs(missed.mean() - even) < 4 * missed.std() / math.sqrt(4000)
+
+
+def untrained_of(seed):
+    return model_of(seed=seed, vocab_size=3, max_length=12, width=8, depth=1)
+
+
+def independent_of(seed):
+    """What training on independent tokens comes to: their frequencies, nearly."""
+    frequencies = np.exp(np.random.default_rng(seed).normal(scale=0.01, size=3))
+    return markov_model(np.tile(frequencies / frequencies.sum(), (3, 1)), 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("null_model", [untrained_of, independent_of])
+def test_what_has_learned_nothing_supports_nothing(null_model, monkeypatch):
+    world = jw.worlds.mess3()
+    ngram = laws.best_ngram(Subject(untrained_of(0), world=world), 13)
+    monkeypatch.setattr(path_law, "best_ngram", lambda subject, length: ngram)
+    decisions = []
+    for seed in range(20):
+        subject = Subject(
+            null_model(seed),
+            untrained=null_model(seed + 100),
+            world=world,
+            training_tokens=36_000,
+            training_paths=lambda step, seed=seed: trained_on(seed),
+            seed=seed,
+        )
+        finding = analyse("path_law", subject, paths=128, enumerated=81, samples=200)
+        decisions += [contrast.decision for contrast in finding.primary]
+    assert decisions.count("supported") <= 0.05 * len(decisions)
+    assert "not testable here" not in decisions
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +366,15 @@ def test_real_text_is_measured_against_the_uniform_law_and_ngrams(pydoc):
     assert null["ngram"] < null["unigram"] < null["uniform"] == pytest.approx(math.log(257))
     assert finding.conventions["bytes_per_token"] == pytest.approx(1, abs=0.01)
     assert finding.measured["bits_per_byte"] == pytest.approx(loss / math.log(2), rel=0.01)
+    assert finding.conventions["documents"] < 8
+    assert not finding.interval
+    assert [(c.claim, c.decision) for c in finding.primary] == [
+        ("C2", "undecided"),
+        ("C2", "not testable here"),
+        ("C1", "undecided"),
+    ]
+    assert all("independent units are too few" in c.sentence for c in finding.primary[::2])
     for key in ("calibration_error", "top_calibration_error"):
-        low, high = finding.interval[key]
-        assert low <= finding.measured[key] <= high
         assert null[f"{key}.calibrated"] >= 0
     rows = pydoc.paths(64, 17)
     log_p = jax.jit(jax.vmap(jw.path_log_prob, (None, 0)))(pydoc.model, rows)
@@ -282,19 +441,20 @@ def test_the_ngram_null_of_a_text_is_chosen_on_documents_that_it_was_not_fitted_
 # Statistics
 
 
-def test_the_g_test_rejects_at_its_level_with_rare_cells_pooled():
+def test_p_of_the_g_test_is_uniform_however_sparse_the_cells():
     rng = np.random.default_rng(0)
-    law = rng.dirichlet(np.full(60, 0.3))
-    ps = np.array([statistics.g_test(rng.multinomial(500, law), law)[2] for _ in range(400)])
-    assert 0.42 < ps.mean() < 0.58
-    assert (ps < 0.05).mean() < 0.1
+    for concentration, n in ((0.3, 200), (0.05, 60), (3.0, 20)):
+        law = rng.dirichlet(np.full(60, concentration))
+        ps = [statistics.g_test(rng.multinomial(n, law), law, draws=99, seed=i).p_value for i in range(300)]
+        assert stats.kstest(ps, "uniform").pvalue > 0.01
+        assert 0.02 < np.mean(np.array(ps) <= 0.05) < 0.08
+    coin = [statistics.g_test(rng.multinomial(3, [0.5, 0.5]), np.ones(2), draws=99, seed=i)[1] for i in range(300)]
+    assert stats.kstest(coin, "uniform").pvalue > 0.01  # ties count at random
     other = rng.dirichlet(np.full(60, 0.3))
-    assert statistics.g_test(rng.multinomial(500, other), law)[2] < 1e-10
-    with pytest.raises(ValueError, match="two cells with 5 expected counts, got one"):
+    assert statistics.g_test(rng.multinomial(500, other), law).p_value == 1 / 2000
+    assert statistics.g_test(np.array([9, 1, 0]), np.array([0.5, 0, 0.5])).statistic == np.inf
+    with pytest.raises(ValueError, match="two possible cells, got one"):
         statistics.g_test(np.array([10, 0]), np.array([1.0, 0.0]))
-    # Three cells of 3 each are one cell: the third would be left alone with less than 5.
-    with pytest.raises(ValueError, match="got one"):
-        statistics.g_test(np.array([3, 3, 3]), np.full(3, 1 / 3))
 
 
 # narrowing
@@ -375,9 +535,9 @@ def test_training_walk_follows_a_known_series_and_compiles_nothing_twice():
     subject = dataclasses.replace(exact_subject(), series=tuple(load), load_step=load.__getitem__)
     scalars = ("path_law.excess_loss", "narrowing.entropy_error")
     analyse("training_walk", subject, scalars=scalars)
-    before = _observe._cache_size()
+    before = engine._mapped._cache_size()
     finding = analyse("training_walk", subject, scalars=scalars)
-    assert _observe._cache_size() == before
+    assert engine._mapped._cache_size() == before
     values = finding.arrays["path_law.excess_loss"]
     expected = [analyse("path_law", subject.at_step(s), light=True).measured["excess_loss"] for s in load]
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-9)
@@ -531,11 +691,6 @@ def test_data_is_needed_and_must_fit_the_model(name):
 
 
 def test_documents_shorter_than_the_model_are_analysed_at_their_length():
-    class Short(Store):
-        def batch(self, seed, step, batch_size, length, split="train"):
-            tokens, segments = super().batch(seed, step, batch_size, length, split)
-            return tokens, segments + np.arange(length) // 8
-
-    subject = Subject(markov_model(PERSISTS, 12), store=Short(PERSISTS))
+    subject = Subject(markov_model(PERSISTS, 12), store=Store(PERSISTS, document=8))
     finding = analyse("path_law", subject, light=True)
     assert finding.conventions["tokens_per_path"] == 7

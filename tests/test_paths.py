@@ -347,6 +347,23 @@ def test_a_tilted_law_sees_rare_events(monkeypatch):
     assert np.abs(z).max() < 4
 
 
+def test_an_entropy_of_which_all_samples_are_one_path_is_not_certain(monkeypatch):
+    m = model(3)
+    m = dataclasses.replace(m, unembed=dataclasses.replace(m.unembed, weight=4 * m.unembed.weight))
+    truth = jw.path_entropy(m, PROMPT, 4).value
+    monkeypatch.setattr("jaxwalk.paths.estimates.ENUMERABLE", 1)
+    coincided = []
+    for proposal in (None, jw.Tilt((2,), 0.1)):
+        estimate = jax.vmap(lambda key, p=proposal: jw.path_entropy(m, PROMPT, 4, key=key, samples=2, proposal=p))
+        value, error, _ = estimate(jax.random.split(jax.random.key(0), 64))
+        assert (error > 1e-3).all()
+        coincided.append(np.array((jnp.abs(value - truth) / error) <= 1).mean())
+    assert min(coincided) > 0.5
+    certain = dataclasses.replace(m, unembed=dataclasses.replace(m.unembed, weight=1e4 * m.unembed.weight))
+    value, error, _ = jw.path_entropy(certain, PROMPT, 4, key=jax.random.key(0), samples=2)
+    assert (value, error) == (0, 0)  # there is no other path
+
+
 def test_tokens_that_cannot_come_have_no_entropy(monkeypatch):
     m = model()
     bias = jnp.array([-jnp.inf, *[0.0] * (V - 1)])

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxwalk.evidence.engine import measure
 from jaxwalk.evidence.finding import NotApplicable
 from jaxwalk.evidence.statistics import batches
-from jaxwalk.evidence.subject import Subject
+from jaxwalk.evidence.subject import Draw, Subject
 from jaxwalk.model import Transformer
 from jaxwalk.paths import next_log_probs
 
@@ -33,19 +34,24 @@ def check_data(subject: Subject) -> None:
         )
 
 
-def held_out_paths(subject: Subject, n: int) -> Int[np.ndarray, "n N"]:
-    """n held-out paths [n, N] of N = length + 1 tokens, the last of which is only predicted.
+def held_out(subject: Subject, n: int) -> Draw:
+    """At most n held-out paths of N = length + 1 tokens, the last of which is only predicted, and their documents.
 
     They are shorter if the documents of a text are.
     """
     length = subject.length + 1
     while True:
         try:
-            return np.asarray(subject.paths(n, length))
+            return subject.draw(n, length)
         except NotApplicable:
             if length <= 8:
                 raise
             length = length // 2 + 1
+
+
+def held_out_paths(subject: Subject, n: int) -> Int[np.ndarray, "n N"]:
+    """The tokens of `held_out`."""
+    return held_out(subject, n).tokens
 
 
 class Steps(NamedTuple):
@@ -73,40 +79,42 @@ class Steps(NamedTuple):
     top_bins: Any
 
 
-@functools.partial(jax.jit, static_argnames="binned")
-def _observe(law: "Transformer | NGram", world: Any, rows: Int[Array, "B N"], binned: bool) -> Steps:
-    def observe_path(row: Array) -> Steps:
-        before, after = row[:-1], row[1:]
-        index = jnp.arange(len(after))
-        log_p = law(before) if isinstance(law, NGram) else next_log_probs(law, before)
-        p = jnp.exp(log_p)
-        log_prob, entropy = log_p[index, after], -jnp.sum(jnp.where(p > 0, p * log_p, 0), axis=-1)
-        if world is None:
-            truth, allowed = jax.nn.one_hot(after, p.shape[-1], dtype=p.dtype), jnp.ones(len(before), bool)
-            world_terms = -log_prob, jnp.zeros_like(log_prob), jnp.zeros_like(log_prob)
-        else:
-            log_truth = world.next_log_probs(before)[1:].astype(p.dtype)
-            allowed = ~jnp.isnan(log_truth).any(axis=-1)
-            truth = jnp.where(allowed[:, None], jnp.exp(log_truth), 0)
-            zero = truth == 0  # 0 log 0 = 0
-            log_truth_or_0 = jnp.where(zero, 0, log_truth)
-            world_terms = (
-                jnp.sum(truth * jnp.where(zero, 0, log_truth_or_0 - log_p), axis=-1),
-                jnp.where(allowed, log_truth[index, after], 0),
-                -jnp.sum(truth * log_truth_or_0, axis=-1),
-            )
-        if not binned:
-            return Steps(log_prob, entropy, *world_terms, None, None)
-        top = p == p.max(axis=-1, keepdims=True)
-        return Steps(
-            log_prob,
-            entropy,
-            *world_terms,
-            _binned(p, truth, allowed[:, None]),
-            _binned(p, truth, allowed[:, None] & top & (jnp.cumsum(top, axis=-1) == 1)),
-        )
+def path_steps(law: "Transformer | NGram", path: Int[Array, " N"], world: Any) -> Steps:
+    """The `Steps` of one path, with bins."""
+    log_p, truth, allowed, steps = _path_steps(law, path, world)
+    p = jnp.exp(log_p)
+    top = p == p.max(axis=-1, keepdims=True)
+    first_top = allowed[:, None] & top & (jnp.cumsum(top, axis=-1) == 1)
+    return steps._replace(bins=_binned(p, truth, allowed[:, None]), top_bins=_binned(p, truth, first_top))
 
-    return jax.vmap(observe_path)(rows)
+
+def path_steps_without_bins(law: "Transformer | NGram", path: Int[Array, " N"], world: Any) -> Steps:
+    """The `Steps` of one path, without bins."""
+    return _path_steps(law, path, world)[-1]
+
+
+def _path_steps(law: "Transformer | NGram", path: Array, world: Any) -> tuple[Array, Array, Array, Steps]:
+    """log p [T, V], the truth [T, V], whether the world allows each prefix [T], and the steps without bins."""
+    before, after = path[:-1], path[1:]
+    index = jnp.arange(len(after))
+    log_p = law(before) if isinstance(law, NGram) else next_log_probs(law, before)
+    p = jnp.exp(log_p)
+    log_prob, entropy = log_p[index, after], -jnp.sum(jnp.where(p > 0, p * log_p, 0), axis=-1)
+    if world is None:
+        truth, allowed = jax.nn.one_hot(after, p.shape[-1], dtype=p.dtype), jnp.ones(len(before), bool)
+        terms = -log_prob, jnp.zeros_like(log_prob), jnp.zeros_like(log_prob)
+    else:
+        log_truth = world.next_log_probs(before)[1:].astype(p.dtype)
+        allowed = ~jnp.isnan(log_truth).any(axis=-1)
+        truth = jnp.where(allowed[:, None], jnp.exp(log_truth), 0)
+        zero = truth == 0  # 0 log 0 = 0
+        log_truth_or_0 = jnp.where(zero, 0, log_truth)
+        terms = (
+            jnp.sum(truth * jnp.where(zero, 0, log_truth_or_0 - log_p), axis=-1),
+            jnp.where(allowed, log_truth[index, after], 0),
+            -jnp.sum(truth * log_truth_or_0, axis=-1),
+        )
+    return log_p, truth, allowed, Steps(log_prob, entropy, *terms, None, None)
 
 
 def _binned(p: Float[Array, "T V"], truth: Float[Array, "T V"], selected: Array) -> Float[Array, "K 4"]:
@@ -145,7 +153,7 @@ def in_batches(function: Callable[..., Any], batch: int, *per_path: np.ndarray) 
 
 
 def observe(law: "Transformer | NGram", world: Any, rows: Int[np.ndarray, "n N"], binned: bool = False) -> Steps:
-    """The `Steps` of many paths, in bounded memory. Models of one shape share one compilation.
+    """The `Steps` of many paths. Models of one shape share one compilation.
 
     Args:
         law: a model or an n-gram model.
@@ -156,8 +164,8 @@ def observe(law: "Transformer | NGram", world: Any, rows: Int[np.ndarray, "n N"]
     Returns:
         The steps, [n, N - 1] each; bins [n, K, 4].
     """
-    batch = batch_size(law, rows.shape[1] - 1)
-    return in_batches(functools.partial(_observe, law, world, binned=binned), batch, rows.astype(np.int32))
+    function = path_steps if binned else path_steps_without_bins
+    return measure(function, law, rows.astype(np.int32), shared=(world,))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["contexts", "laws"], meta_fields=[])
@@ -178,17 +186,23 @@ class NGram:
         """V."""
         return self.laws[0].shape[-1]
 
+    @property
+    def unigram(self) -> "NGram":
+        """The n-gram model of order 0: independent tokens."""
+        return NGram(self.contexts[:1], self.laws[:1])
+
     def __call__(self, tokens: Int[Array, " T"]) -> Float[Array, "T V"]:
         """log p(. | tokens up to t), by the longest context that was seen."""
         V = self.vocab_size
         law = jnp.broadcast_to(self.laws[0][0], (len(tokens), V))
         code = jnp.zeros(len(tokens), jnp.int32)
         for k in range(1, len(self.laws)):
+            contexts, laws = jnp.asarray(self.contexts[k]), jnp.asarray(self.laws[k])
             back = jnp.roll(tokens, k - 1).astype(jnp.int32)
             code = code + back * V ** (k - 1)
-            slot = jnp.clip(jnp.searchsorted(self.contexts[k], code), 0, len(self.contexts[k]) - 1)
-            seen = (self.contexts[k][slot] == code) & (jnp.arange(len(tokens)) >= k - 1)
-            law = jnp.where(seen[:, None], self.laws[k][slot], law)
+            slot = jnp.clip(jnp.searchsorted(contexts, code), 0, len(contexts) - 1)
+            seen = (contexts[slot] == code) & (jnp.arange(len(tokens)) >= k - 1)
+            law = jnp.where(seen[:, None], laws[slot], law)
         return law
 
 
@@ -335,3 +349,15 @@ def _ngram_losses(ngram: NGram, tokens: np.ndarray, segments: np.ndarray, V: int
         log_p = np.where(whole & (contexts[slot] == code), law[slot, after], log_p)
         losses.append(float(-log_p[inside].mean()))
     return losses
+
+
+def began_training(paths: Int[np.ndarray, "n N"], training: Int[np.ndarray, "M L"]) -> Bool[np.ndarray, "n N"]:
+    """Whether the first t + 1 tokens of each path are those of a path that was trained on."""
+    length = min(paths.shape[1], training.shape[1])
+    tokens = np.concatenate([training[:, :length], paths[:, :length]]).astype(np.int64)
+    seen = np.zeros(paths.shape, bool)
+    prefix, V = np.zeros(len(tokens), np.int64), int(np.max(tokens)) + 1
+    for t in range(length):
+        prefix = np.unique(prefix * V + tokens[:, t], return_inverse=True)[1]  # numbers the distinct prefixes
+        seen[:, t] = np.isin(prefix[len(training) :], prefix[: len(training)])
+    return seen

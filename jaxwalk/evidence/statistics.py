@@ -3,11 +3,12 @@
 Positions of one path are not independent, so intervals resample paths.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
 
 from jaxwalk.evidence.finding import NotApplicable
 
@@ -135,36 +136,52 @@ def permute_within(groups: Int[np.ndarray, " n"], rng: np.random.Generator) -> I
     return permutation
 
 
-def g_test(counts: np.ndarray, law: np.ndarray, least: float = 5.0) -> tuple[float, int, float]:
-    """Likelihood-ratio test of counts against probabilities.
+class GTest(NamedTuple):
+    """A likelihood-ratio test.
 
-    Cells are pooled, the rarest first, until each expects at least `least` counts, as the chi-square approximation
-    requires. Under the hypothesis the p-value is uniform on [0, 1].
+    Attributes:
+        statistic: G = 2 sum of count log(count / expected).
+        p_value: uniform on [0, 1] if the counts come from the law.
+    """
+
+    statistic: float
+    p_value: float
+
+
+def g_test(counts: Int[np.ndarray, " K"], law: Float[np.ndarray, " K"], draws: int = 1999, seed: int = 0) -> GTest:
+    """Likelihood-ratio test of counts against probabilities, by simulation: cells may expect any number of counts.
 
     Args:
-        counts: [n].
-        law: [n], the probabilities, up to normalisation.
-        least: the smallest expected count of a cell.
-
-    Returns:
-        G, the degrees of freedom and the p-value.
+        counts: [K].
+        law: [K], the probabilities, up to normalisation.
+        draws: the number of samples of the law that the counts are compared with. Ties count at random, so that p is
+            uniform on 1, ..., draws + 1, over draws + 1.
+        seed: of these samples.
 
     Raises:
-        NotApplicable: if fewer than two cells remain.
+        NotApplicable: if only one cell is possible.
     """
-    counts, expected = np.asarray(counts, float), np.sum(counts) * np.asarray(law, float) / np.sum(law)
-    order = np.argsort(expected, kind="stable")
-    counts, expected = counts[order], expected[order]
-    starts, pooled = [0], 0.0
-    for cell, size in enumerate(expected):
-        if pooled >= least:
-            starts.append(cell)
-            pooled = 0.0
-        pooled += size
-    if pooled < least and len(starts) > 1:  # the remainder joins the previous cell
-        starts.pop()
-    counts, expected = np.add.reduceat(counts, starts), np.add.reduceat(expected, starts)
-    if len(counts) < 2:
-        raise NotApplicable(f"g_test: expected two cells with {least:g} expected counts, got one. Sample more paths.")
-    G, p = stats.power_divergence(counts, expected, lambda_="log-likelihood")
-    return float(G), len(counts) - 1, float(p)
+    counts, law = np.asarray(counts, np.int64), np.asarray(law, float) / np.sum(law)
+    if np.count_nonzero(law) < 2:
+        raise NotApplicable("g_test: expected two possible cells, got one: the law leaves no choice.")
+    n, rng = int(counts.sum()), np.random.default_rng(seed)
+    with np.errstate(divide="ignore"):
+        log_expected = np.log(law) + math.log(max(n, 1))
+
+    def statistic(cell: np.ndarray, count: np.ndarray) -> np.ndarray:
+        return 2 * count * (np.log(count) - log_expected[cell])
+
+    present = np.flatnonzero(counts)
+    observed = float(statistic(present, counts[present]).sum())
+    edges = np.cumsum(law)[:-1]
+    simulated = np.zeros(draws)
+    most = max(1, (1 << 22) // max(n, 1))
+    for start in range(0, draws, most):
+        rows = min(most, draws - start)
+        cells = np.searchsorted(edges, rng.random((rows, n)), side="right") + len(law) * np.arange(rows)[:, None]
+        cell, count = np.unique(cells, return_counts=True)
+        terms = statistic(cell % len(law), count)
+        simulated[start : start + rows] = np.bincount(cell // len(law), terms, minlength=rows)
+    tie = np.isclose(simulated, observed, rtol=1e-9, atol=1e-9)
+    larger = int((simulated[~tie] > observed).sum()) + int(rng.integers(0, int(tie.sum()) + 1))
+    return GTest(observed, (1 + larger) / (1 + draws))

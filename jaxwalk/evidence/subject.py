@@ -1,6 +1,7 @@
 """What an analysis receives: a trained model, its untrained version, and the data whose law it learned, or a text."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxwalk import checkpoint, pretrained, text
-from jaxwalk.config import ConfigError
+from jaxwalk.config import ConfigError, TrainConfig, WorldData
 from jaxwalk.evidence.finding import NotApplicable
 from jaxwalk.model import Transformer, init, plain
 from jaxwalk.model.inputs import check_tokens
@@ -58,6 +59,7 @@ class Subject:
         prompt: the token ids of the user's prompt, or None.
         step: the training step of the model, or None.
         training_tokens: the number of tokens that the model was trained on; 0 if it is not known.
+        training_paths: (step) -> the paths [M, N] of a world that were trained on before a step; None if not known.
         series: the training steps that `at_step` can load.
         load_step: loads the model of a step, or None.
         seed: the seed of the paths that are drawn.
@@ -76,6 +78,7 @@ class Subject:
     prompt: Int[np.ndarray, " P"] | None = None
     step: int | None = None
     training_tokens: int = 0
+    training_paths: Callable[[int], Int[np.ndarray, "M N"]] | None = None
     series: tuple[int, ...] = ()
     load_step: Callable[[int], Transformer] | None = None
     seed: int = 0
@@ -304,8 +307,21 @@ def _of_run(folder: str | os.PathLike[str], step: int | Literal["latest", "best"
         store=store,
         step=resolved,
         training_tokens=resolved * config.batch_size * config.model.max_length,
+        training_paths=functools.partial(_sampled_in_training, config)
+        if own_data and isinstance(config.data, WorldData)
+        else None,
         series=run.steps,
         load_step=run.model,
         workdir=run.folder,
         missing=missing,
     )
+
+
+def _sampled_in_training(config: TrainConfig, steps: int) -> Int[np.ndarray, "M N"]:
+    """The paths of a world that a run has trained on after `steps` steps: batches are functions of their step."""
+    from jaxwalk.training import make_batches  # late, as only few analyses need what trains
+
+    data = make_batches(config)
+    batch = jax.jit(lambda step: data.batch(step)[0])
+    rows = [np.asarray(batch(step)) for step in range(steps)]
+    return np.concatenate(rows) if rows else np.zeros((0, config.model.max_length + 1), np.int32)

@@ -117,7 +117,8 @@ def path_entropy(
         proposal: the law to sample from, as in `event_probability`.
 
     Returns:
-        The entropy with its standard error.
+        The entropy with its standard error. If all samples are the same path, the error is instead the most that the
+        probability of all other paths allows the entropy to differ by.
 
     Raises:
         ValueError: if the prompt leaves no room for `steps` tokens, the key is missing, or the ids of a `Tilt` are out
@@ -247,7 +248,7 @@ def _enumerated_event(model: Transformer, prompt: Array, count: Array, rows: Arr
 
 @functools.partial(jax.jit, static_argnames="sampling")
 def _sampled_entropy(model: Transformer, prompt: Array, count: Array, key: Key, *, sampling: _Sampling) -> Estimate:
-    rows, weights = _sample_weighted(model, prompt, count, key, sampling)
+    rows, weights, log_probs = _sample_weighted(model, prompt, count, key, sampling)
 
     def summed_entropies(row: Array) -> Array:
         path = _appended(prompt, count, row)[:-1]
@@ -255,15 +256,23 @@ def _sampled_entropy(model: Transformer, prompt: Array, count: Array, key: Key, 
         counted = (position >= count - 1) & (position < count - 1 + len(row))
         return jnp.sum(jnp.where(counted, entropy(laws(model, path)), 0))
 
-    values = weights * map_in_batches(summed_entropies, rows, 64)
-    return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(sampling.samples), _effective_samples(weights))
+    entropies = map_in_batches(summed_entropies, rows, 64)
+    values = weights * entropies
+    # If all samples are one path, of probability P, the others have 1 - P, and entropies from 0 to that of the uniform
+    # law: this bounds how far off the value is, which its spread, 0, does not.
+    P, rest = jnp.exp(log_probs[0]), -jnp.expm1(log_probs[0])
+    least = P * entropies[0]
+    most = least + rest * sampling.steps * math.log(model.vocab_size)
+    bound = jnp.maximum(jnp.abs(values[0] - least), jnp.abs(most - values[0]))
+    error = jnp.where((rows == rows[:1]).all(), bound, values.std(ddof=1) / math.sqrt(sampling.samples))
+    return Estimate(values.mean(), error, _effective_samples(weights))
 
 
 @functools.partial(jax.jit, static_argnames=("event", "sampling"))
 def _sampled_event(
     model: Transformer, prompt: Array, count: Array, key: Key, *, event: Event, sampling: _Sampling
 ) -> Estimate:
-    rows, weights = _sample_weighted(model, prompt, count, key, sampling)
+    rows, weights, _ = _sample_weighted(model, prompt, count, key, sampling)
     samples, in_event = sampling.samples, jax.vmap(event)(rows)
     value = jnp.where(in_event, weights, 0).mean()
     if sampling.proposal is None:
@@ -277,13 +286,13 @@ def _sampled_event(
 
 def _sample_weighted(
     model: Transformer, prompt: Array, count: Any, key: Key, sampling: _Sampling
-) -> tuple[Int[Array, "n steps"], Float[Array, " n"]]:
-    """Sampled continuations and their importance weights P / Q."""
+) -> tuple[Int[Array, "n steps"], Float[Array, " n"], Float[Array, " n"]]:
+    """Sampled continuations, their importance weights P / Q, and log P."""
     room, steps, samples, proposal = sampling
     paths, log_proposed = sampled(
         model, prompt[:room], count, key, room=room, steps=steps, n=samples, proposal=proposal
     )
-    return paths.tokens, jnp.exp(paths.log_probs - log_proposed)
+    return paths.tokens, jnp.exp(paths.log_probs - log_proposed), paths.log_probs
 
 
 def _effective_samples(weights: Float[Array, " n"]) -> Float[Array, ""]:
