@@ -33,8 +33,8 @@ LIMIT = 1e-4
 """The largest relative error of equal forms, in float32."""
 PATHS, LONGEST = 64, 64
 """The most paths, unless more are asked for, and the most tokens of each."""
-ELEMENTS = 1 << 27
-"""The most numbers that the mean mixing matrices of all layers are computed from together."""
+ELEMENTS = 1 << 25
+"""The most entries of all mixing matrices of all paths, unless those of 8 paths are more."""
 
 
 def analyse(subject: Subject, *, paths: int | None = None) -> Finding:
@@ -49,30 +49,35 @@ def analyse(subject: Subject, *, paths: int | None = None) -> Finding:
     """
     check_data(subject)
     model = subject.model
-    kinds = [layer.aggregate.kind for layer in model.layers]
-    mixes = np.array([kind != "none" for kind in kinds])
-    if not mixes.any():
+    layers = _with_matrices(model)
+    if not layers:
         raise NotApplicable("it needs a layer with a mixing matrix, and this model has none")
     length = min(subject.length, LONGEST)
-    size = sum(_size(layer, model.width, length) for layer in model.layers)
+    size = sum(_size(model.layers[number], model.width, length) for number in layers)
     n = paths or min(PATHS, max(8, ELEMENTS // size))
     fit, held_out = subject.draw(n, length, to_fit=True), subject.draw(n, length)
-    models = {"": model} if subject.untrained is None else {"": model, "untrained": subject.untrained}
-    sums = {name: _about_the_mean(m, fit.tokens, held_out.tokens, len(mixes))[:, mixes] for name, m in models.items()}
+    models = {"model": model} if subject.untrained is None else {"model": model, "untrained": subject.untrained}
+    sums = {name: _about_the_mean(m, fit.tokens, held_out.tokens) for name, m in models.items()}
 
     quantities = []
     for name, statistic in {"data_share": _mean_share, "largest_data_share": _largest_share}.items():
         nulls = {"fixed_A": 0.0} | ({"untrained": sums["untrained"]} if "untrained" in sums else {})
-        quantities.append(Quantity(name, sums[""], nulls, "share of the variance of A", statistic, held_out.documents))
+        quantities.append(
+            Quantity(name, sums["model"], nulls, "share of the variance of A", statistic, held_out.documents)
+        )
     errors = measure(form_errors, model, held_out.tokens[:8])
     checks = [
-        Check("parallel_form", errors.parallel.max(), LIMIT, "readout(A values) is the parallel form of every layer"),
-        Check("recurrent_form", errors.recurrent.max(), LIMIT, "decoding step by step gives the parallel form"),
+        Check(
+            "parallel_form",
+            float(errors.parallel.max()),
+            LIMIT,
+            "readout(A values) is the parallel form of every layer",
+        ),
+        Check("recurrent_form", float(errors.recurrent.max()), LIMIT, "decoding step by step gives the parallel form"),
     ]
-    names = {"": "model", "untrained": "untrained model"}
-    arrays = {"layer": np.flatnonzero(mixes), "error_parallel": errors.parallel, "error_recurrent": errors.recurrent}
-    arrays |= {f"data_share_{names[name][:9]}": _shares(s.mean(axis=0)) for name, s in sums.items()}
-    series = [Series(names[n], f"data_share_{names[n][:9]}", "layer", "bars", dashed=n != "") for n in sums]
+    arrays = {"layer": np.array(layers), "error_parallel": errors.parallel, "error_recurrent": errors.recurrent}
+    arrays |= {f"data_share_{name}": _shares(s.mean(axis=0)) for name, s in sums.items()}
+    series = [Series(name, f"data_share_{name}", "layer", "bars", dashed=name != "model") for name in sums]
     figure = Figure("data_share", "How much of A depends on the data", "layer", "share of the variance", tuple(series))
     return Finding(
         name="unification",
@@ -114,24 +119,27 @@ def _shares(sums: Float[np.ndarray, "*n L 2"]) -> Float[np.ndarray, "*n L"]:
 
 
 def _mean_share(means: np.ndarray) -> np.ndarray:
-    return _shares(means).mean(axis=-1)
+    return np.asarray(_shares(means).mean(axis=-1))
 
 
 def _largest_share(means: np.ndarray) -> np.ndarray:
-    return _shares(means).max(axis=-1)
+    return np.asarray(_shares(means).max(axis=-1))
 
 
-def patterns(model: Transformer, path: Int[Array, " T"]) -> list[Float[Array, "G T T"]]:
-    """The mixing matrices of all layers that have one, for one path."""
+def patterns(model: Transformer, path: Int[Array, " T"]) -> list[Array]:
+    """The mixing matrices [G, T, T] of all layers that have one, for one path."""
     layers = _with_matrices(model)
     recorded = model.walk(path, record_mixing=layers).mixing
     return [recorded[layer].astype(jnp.float32) for layer in layers]
 
 
 def deviations(
-    model: Transformer, path: Int[Array, " T"], means: list[Float[Array, "G T T"]], centres: list[Float[Array, ""]]
+    model: Transformer, path: Int[Array, " T"], means: list[Array], centres: list[Array]
 ) -> Float[Array, "L 2"]:
-    """Squared deviations of A from its mean matrix, and from its mean entry, summed over the entries with j <= i."""
+    """Squared deviations of A from its mean matrix, and from its mean entry, summed over the entries with j <= i.
+
+    A row for each layer that has a matrix; G may differ.
+    """
 
     def of_layer(A: Array, mean: Array, centre: Array) -> Array:
         causal = jnp.tril(jnp.ones(A.shape[1:], A.dtype))
@@ -144,21 +152,17 @@ def _with_matrices(model: Transformer) -> tuple[int, ...]:
     return tuple(number for number, layer in enumerate(model.layers) if layer.aggregate.kind != "none")
 
 
-def _about_the_mean(model: Transformer, fit: np.ndarray, tokens: np.ndarray, depth: int) -> Float[np.ndarray, "n L 2"]:
-    """`deviations` of each path from the mean matrices of the paths `fit`; 0 for layers without a matrix."""
-    means = [A.mean(axis=0) for A in measure(patterns, model, fit)]
+def _about_the_mean(model: Transformer, fit: np.ndarray, tokens: np.ndarray) -> Float[np.ndarray, "n L 2"]:
+    """`deviations` of each path from the mean matrices of the paths `fit`."""
+    means = [A.mean(axis=0).astype(np.float32) for A in measure(patterns, model, fit)]
     T = tokens.shape[1]
     centres = [np.float32(np.tril(A).sum() / (len(A) * T * (T + 1) / 2)) for A in means]
-    sums = np.zeros((len(tokens), depth, 2))
-    shared = ([A.astype(np.float32) for A in means], centres)
-    sums[:, list(_with_matrices(model))] = measure(deviations, model, tokens, shared=shared)
+    sums: np.ndarray = measure(deviations, model, tokens, shared=(means, centres))
     return sums
 
 
 def _size(layer: Layer, width: int, length: int) -> int:
     """The number of entries of the layer's mixing matrices."""
-    if layer.aggregate.kind == "none":
-        return 0
     return jax.eval_shape(layer.aggregate.mixing, jax.ShapeDtypeStruct((length, width), jnp.float32)).size
 
 
