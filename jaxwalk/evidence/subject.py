@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxwalk import checkpoint, pretrained, text
-from jaxwalk.config import ConfigError, TrainConfig, WorldData
+from jaxwalk.config import ConfigError, ModelConfig, TrainConfig, WorldData
 from jaxwalk.evidence.finding import NotApplicable
 from jaxwalk.model import Transformer, init, plain
 from jaxwalk.model.inputs import check_tokens
@@ -67,6 +67,7 @@ class Subject:
         name: the name of the model in reports; by default the name of the run's folder.
         missing: what is missing that should be there (such as "store" or "untrained") -> the reason.
         remarks: further facts for the report.
+        config: the options that fresh models of this architecture are initialised with, or None.
     """
 
     model: Transformer
@@ -86,6 +87,7 @@ class Subject:
     name: str = ""
     missing: Mapping[str, str] = dataclasses.field(default_factory=dict)
     remarks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config: ModelConfig | None = None
 
     @property
     def length(self) -> int:
@@ -273,6 +275,7 @@ def _of_pretrained(source: str | os.PathLike[str], step: int | Literal["latest",
     return Subject(
         model=plain(model),
         vocabulary=vocabulary,
+        config=pretrained.config_of(source),
         untrained=plain(untrained),
         step=step if isinstance(step, int) else None,
         series=tuple(steps),
@@ -302,6 +305,7 @@ def _of_run(folder: str | os.PathLike[str], step: int | Literal["latest", "best"
     return Subject(
         model=model,
         vocabulary=run.vocabulary,
+        config=config.model,
         untrained=untrained,
         world=run.world if own_data else None,
         store=store,
