@@ -10,14 +10,16 @@ and only what the context adds to the law says more. The causal test moves a con
 another belief, and compares the model's law there with the world's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from scipy import special
 
+from jaxwalk.analyses._belief_picture import picture
 from jaxwalk.evidence.decision import Contrast, Quantity, numbers, untestable
 from jaxwalk.evidence.engine import measure
 from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
@@ -71,7 +73,7 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561, light: b
     model = _regress(subject.model, data, light)
     last_token = data.fit(np.eye(subject.world.vocab_size)[data.tokens])
     if light:
-        r2 = Quantity("r2", model.context.sums, {"last_token": last_token.sums}, "R²", r_squared)
+        r2 = Quantity("r2", model.fits["context"].sums, {"last_token": last_token.sums}, "R²", r_squared)
         return Finding(
             name="belief_geometry",
             claim=CLAIM,
@@ -80,22 +82,25 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561, light: b
             verdict=f"R² of the belief is {r2.value:.4f} from context vectors, "
             f"{r2.references['last_token']:.4f} from the last token.",
         )
+    log_law = _log_features(data.log_laws)
     nulls = {
         "last_token": last_token,
         "permuted": data.fit(model.vectors, np.random.default_rng(subject.seed).permutation(data.beliefs)),
         "world_law": data.fit(np.exp(data.log_laws)),
-        "world_log_law": data.fit(_log_features(data.log_laws)),
+        "world_log_law": data.fit(log_law),
+        "world_law_and_log_law": data.fit(np.concatenate([log_law, np.exp(data.log_laws)], axis=-1)),
     }
     every_untrained = [_regress(fresh, data, True) for fresh in subject.untrained_models(UNTRAINED)]
     best = max(every_untrained, key=lambda regressed: regressed.r2, default=None)
     untrained = None if best is None else _regress(best.model, data, False)
-    quantities = _quantities(model, untrained, data, nulls)
+    quantities = _quantities(model, untrained, nulls)
     steering, reason = _steering(subject, model, untrained, data)
     arrays, station_figure = _by_station(model, untrained, quantities[0])
-    shown = {"trained": model} | ({} if untrained is None else {"untrained": untrained})
-    panels, picture, view = _picture(subject, shown, data, points)
+    both = {"trained": model, "untrained": untrained}
+    shown = {name: (r.model, r.fits["context"].maps, r.r2) for name, r in both.items() if r is not None}
+    panels, shown_arrays, view = picture(subject.world, shown, data.deal, data.beliefs, points)
     conventions = _conventions(data) | _more_conventions(every_untrained, view)
-    if not model.all_stations:
+    if "all_stations" not in model.fits:
         conventions["all_stations"] = f"not fitted: there are more than {WIDEST} features"
     title = "The context vectors, through one affine map, beside the beliefs of an observer who knows the world"
     figure = Figure("beliefs", title, view[0], view[1], panels, equal_aspect=True, panels=True)
@@ -104,7 +109,7 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561, light: b
         claim=CLAIM,
         **numbers([q for q in (*quantities, steering) if q is not None and np.isfinite(q.value)]),
         conventions=conventions,
-        arrays=arrays | picture,
+        arrays=arrays | shown_arrays,
         figures=(figure, station_figure),
         primary=_contrasts(quantities, untrained, steering, reason),
     )
@@ -138,26 +143,28 @@ class Regressed(NamedTuple):
     Attributes:
         model: the model.
         vectors: [n, T, D], the context vectors.
-        context: the fit to them; `law` and `logits` to the model's next-token probabilities and logits; `with_law` to
-            the context vectors and the world's law and log-law together, `with_log_law` without the former.
-        stations: the fit to each station.
-        all_stations: the fit to all stations together, or nothing where they are too wide.
+        fits: the cross-fitted maps, by the name of their features: "context" (the context vectors), "law" and "logits"
+            (the model's own), "with_law" (context vectors, and the world's law and log-law), "with_log_law" (without
+            the law), "station_0" and so on, "best_station", and "all_stations" together, where they are not too wide.
     """
 
     model: Transformer
     vectors: Float[np.ndarray, "n T D"]
-    context: Fit
-    law: Fit | None = None
-    logits: Fit | None = None
-    with_law: Fit | None = None
-    with_log_law: Fit | None = None
-    stations: Sequence[Fit] = ()
-    all_stations: Sequence[Fit] = ()
+    fits: Mapping[str, Fit]
 
     @property
     def r2(self) -> float:
         """R^2 of the context vectors."""
-        return float(r_squared(self.context.sums.mean(axis=0)))
+        return _r2(self.fits["context"])
+
+    @property
+    def stations(self) -> list[Fit]:
+        """The fits of each station."""
+        return [self.fits[f"station_{s}"] for s in range(self.model.stations)]
+
+
+def _r2(fit: Fit) -> float:
+    return float(r_squared(fit.sums.mean(axis=0)))
 
 
 def _data(subject: Subject, paths: int) -> Data:
@@ -178,22 +185,24 @@ def _data(subject: Subject, paths: int) -> Data:
 def _regress(model: Transformer, data: Data, context_only: bool) -> Regressed:
     """The maps from a model's vectors to the beliefs; only that from the context vectors if `context_only`."""
     stations, context, logits = measure(_walks, model, data.tokens)
-    if context_only:
-        return Regressed(model, context, data.fit(context))
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    S, D = stations.shape[1], stations.shape[3]
-    together = (stations.swapaxes(1, 2).reshape(*context.shape[:2], S * D),) if S * D <= WIDEST else ()
-    log_law = _log_features(data.log_laws)
-    return Regressed(
-        model,
-        context,
-        context=data.fit(context),
-        law=data.fit(p / p.sum(-1, keepdims=True)),
-        logits=data.fit(logits),
-        with_law=data.fit(np.concatenate([context, log_law, np.exp(data.log_laws)], axis=-1)),
-        with_log_law=data.fit(np.concatenate([context, log_law], axis=-1)),
-        stations=tuple(data.fit(stations[:, s]) for s in range(S)),
-        all_stations=tuple(data.fit(features) for features in together),
+    features = {"context": context}
+    if not context_only:
+        n, S, T, D = stations.shape
+        log_law = _log_features(data.log_laws)
+        features |= {
+            "law": special.softmax(logits, axis=-1),
+            "logits": logits,
+            "with_law": np.concatenate([context, log_law, np.exp(data.log_laws)], axis=-1),
+            "with_log_law": np.concatenate([context, log_law], axis=-1),
+            **{f"station_{s}": stations[:, s] for s in range(S)},
+        }
+        if S * D <= WIDEST:
+            features["all_stations"] = stations.swapaxes(1, 2).reshape(n, T, S * D)
+    regressed = Regressed(model, context, {name: data.fit(x) for name, x in features.items()})
+    return (
+        regressed
+        if context_only
+        else regressed._replace(fits={**regressed.fits, "best_station": max(regressed.stations, key=_r2)})
     )
 
 
@@ -208,11 +217,6 @@ def _walks(model: Transformer, path: Int[Array, " T"]) -> tuple[Array, Array, Ar
     return walk.stations, walk.context, jax.vmap(model.logits)(walk.context)
 
 
-def _last_context(model: Transformer, path: Int[Array, " T"]) -> Array:
-    """The context vector of a whole path, [D]."""
-    return model.walk(path).context[-1]
-
-
 def _log_features(log_laws: Float[np.ndarray, "n T V"]) -> Float[np.ndarray, "n T F"]:
     """Log-probabilities, 0 where a token is forbidden, and indicators of the forbidden tokens."""
     forbidden = np.isneginf(log_laws)
@@ -222,37 +226,34 @@ def _log_features(log_laws: Float[np.ndarray, "n T V"]) -> Float[np.ndarray, "n 
 # What is measured, and what it decides.
 
 
-def _quantities(
-    model: Regressed, untrained: Regressed | None, data: Data, nulls: Mapping[str, Fit]
-) -> tuple[Quantity, ...]:
-    """R^2 of the context vectors, of stations, and of the context vectors together with the world's law."""
+def _quantities(model: Regressed, untrained: Regressed | None, nulls: Mapping[str, Fit]) -> tuple[Quantity, ...]:
+    """R^2 of the context vectors, alone and beside the world's law, and of stations."""
+    others = {} if untrained is None else untrained.fits
 
-    def r2(name: str, fit: Fit | None, **others: Fit | None) -> Quantity:
-        sums = {null: other.sums for null, other in others.items() if other is not None}
-        return Quantity(name, fit.sums, sums, "R²", r_squared)
+    def r2(name: str, features: str, **fits: Fit) -> Quantity:
+        fits |= {"untrained": others[features]} if others else {}
+        sums = {null: fit.sums for null, fit in fits.items()}
+        return Quantity(name, model.fits[features].sums, sums, "R²", r_squared)
 
-    def partial(name: str, larger: Fit | None, smaller: Fit | None, **others: Fit | None) -> Quantity:
-        pairs = {null: np.hstack([other.sums, smaller.sums]) for null, other in others.items() if other is not None}
-        return Quantity(name, np.hstack([larger.sums, smaller.sums]), pairs, "partial R²", partial_r_squared)
+    def partial(name: str, features: str, smaller: Fit, larger_nulls: Mapping[str, Fit]) -> Quantity:
+        pairs = {null: np.hstack([fit.sums, smaller.sums]) for null, fit in larger_nulls.items()}
+        columns = np.hstack([model.fits[features].sums, smaller.sums])
+        return Quantity(name, columns, pairs, "partial R²", partial_r_squared)
 
-    both_laws = data.fit(np.concatenate([_log_features(data.log_laws), np.exp(data.log_laws)], axis=-1))
-    fresh = untrained or Regressed(model.model, model.vectors, None)
-    best = max(model.stations, key=_r2)
+    own = {"model_law": model.fits["law"], "model_logits": model.fits["logits"]}
+    beside_law = {"untrained": others["with_log_law"]} if others else {}
     quantities = [
-        r2("r2", model.context, untrained=fresh.context, model_law=model.law, model_logits=model.logits, **nulls),
-        r2("r2_with_law", model.with_law, world_law=both_laws, untrained=fresh.with_law),
-        partial("partial_r2_log_law", model.with_log_law, nulls["world_log_law"], untrained=fresh.with_log_law),
-        partial("partial_r2_logits", model.context, model.logits),
-        r2("r2_best_station", best, untrained=max(fresh.stations, key=_r2, default=None)),
-        *(r2("r2_all_stations", fit, untrained=next(iter(fresh.all_stations), None)) for fit in model.all_stations),
+        r2("r2", "context", **own, **nulls),
+        r2("r2_with_law", "with_law", world_law=nulls["world_law_and_log_law"]),
+        partial("partial_r2_log_law", "with_log_law", nulls["world_log_law"], beside_law),
+        partial("partial_r2_logits", "context", model.fits["logits"], {}),
+        r2("r2_best_station", "best_station"),
     ]
-    if untrained is not None:
-        quantities.append(partial("excess", model.context, untrained.context))
+    if "all_stations" in model.fits:
+        quantities.append(r2("r2_all_stations", "all_stations"))
+    if others:
+        quantities.append(partial("excess", "context", others["context"], {}))
     return tuple(quantities)
-
-
-def _r2(fit: Fit) -> float:
-    return float(r_squared(fit.sums.mean(axis=0)))
 
 
 def _contrasts(
@@ -261,27 +262,28 @@ def _contrasts(
     """What the claim predicts of R^2, of R^2 beside the world's law, and of moves to other beliefs."""
     r2, with_law = quantities[:2]
 
-    def against(quantity: Quantity, statement: str, implied: str) -> Contrast:
-        null, best = max(quantity.references.items(), key=lambda item: item[1])
+    def against(quantity: Quantity, nulls: Sequence[str], statement: str, implied: str) -> Contrast:
         if untrained is None:
             return untestable("C8", statement, quantity.name, "there is no untrained model")
+        null = max(nulls, key=quantity.references.__getitem__)
+        best = quantity.references[null]
         if best > 1 - MARGIN:
             return untestable("C8", statement, quantity.name, implied.format(best))
         labels = {"untrained": f"the best of {UNTRAINED} untrained models", "world_law": "the world's law alone"}
         return quantity.contrast(null, "C8", statement, at_least=MARGIN, label=labels[null])
 
-    law = max(with_law.references["world_law"], r2.references["world_law"], r2.references["world_log_law"])
+    law = max(value for name, value in r2.references.items() if name.startswith("world_"))
     beyond = against(
         with_law,
+        ("world_law", "untrained"),
         "context vectors hold more of the belief than the world's exact next-token law implies",
         f"the belief is implied by low loss, as the exact next-token law alone holds it with R² {law:.3f}"
         if law > 1 - MARGIN
         else "an untrained model and the exact next-token law hold the belief with R² {:.3f}",
     )
     gained = against(
-        Quantity(
-            r2.name, r2.values, {"untrained": r2.nulls["untrained"]} if untrained else {"": 0.0}, r2.unit, r_squared
-        ),
+        r2,
+        ("untrained",),
         "context vectors hold the belief better than those of untrained models",
         "an untrained model holds the belief with R² {:.3f}",
     )
@@ -340,7 +342,7 @@ def _moved(
     is the likeliest among context vectors. Directions of belief in which the map hardly reads a difference are left.
     Random directions are drawn from the same covariance, and are as long as the move.
     """
-    maps, x = regressed.context.maps, regressed.vectors[: len(folds)]
+    maps, x = regressed.fits["context"].maps, regressed.vectors[: len(folds)]
     rows = regressed.vectors.reshape(-1, x.shape[-1])
     covariance = np.cov(rows, rowvar=False)
     changes = []
@@ -434,71 +436,4 @@ def _by_station(model: Regressed, untrained: Regressed | None, r2: Quantity) -> 
             "last token alone": max(1 - r2.references["last_token"], 1e-12),
         },
         log_y=True,
-    )
-
-
-def _picture(
-    subject: Subject, shown: Mapping[str, Regressed], data: Data, points: int
-) -> tuple[tuple[Series, ...], dict[str, np.ndarray], tuple[str, str, str]]:
-    """Panels, their arrays, and (label of x, label of y, convention): one point a word, coloured by its belief."""
-    world, T = subject.world, data.tokens.shape[1]
-    V = world.vocab_size
-    depth = max(d for d in range(1, T + 1) if d == 1 or V**d <= points)
-    words = np.stack(np.unravel_index(np.arange(V**depth), (V,) * depth), axis=1).astype(np.int32)
-    true = np.asarray(jax.vmap(world.beliefs)(words), float)[:, -1]
-    possible = np.isfinite(true).all(axis=1)
-    words, true = words[possible], true[possible]
-    project, colour, view = _projection(data.beliefs.reshape(-1, data.beliefs.shape[-1]))
-    arrays = {"words": words, "true_beliefs": true, "colour": colour(true)}
-
-    def panel(name: str, label: str, predicted: np.ndarray) -> Series:
-        xy = project(true, predicted)
-        arrays[f"{name}_x"], arrays[f"{name}_y"] = xy.T
-        return Series(label, f"{name}_y", f"{name}_x", style="points", colour="colour")
-
-    panels = [panel("true", "The world's beliefs", true)]
-    folds = data.deal.folds(words)[:, -1:]
-    for name, regressed in shown.items():
-        context = measure(_last_context, regressed.model, words)[:, None]
-        arrays[f"{name}_beliefs"] = predicted = predict(regressed.context.maps, context, folds)[:, 0]
-        panels.append(panel(name, f"{name.capitalize()} model, R² {regressed.r2:.4f}", predicted))
-    what = f"one point for each possible word of {depth} tokens, coloured by its true belief, by maps not fitted to it"
-    return tuple(panels), arrays, (view[0], view[1], f"{view[2]}; {what}")
-
-
-def _projection(
-    beliefs: Float[np.ndarray, "n N"],
-) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray], tuple[str, str, str]]:
-    """How beliefs are drawn: (true, shown) -> [n, 2]; true -> colours [n, 3]; and what the axes are."""
-    if beliefs.shape[1] == 3 and beliefs.min() > -1e-6 and np.allclose(beliefs.sum(1), 1, atol=1e-5):
-        corners = np.array([[0, 0], [1, 0], [0.5, np.sqrt(0.75)]])
-        return (
-            lambda true, shown: shown @ corners,
-            lambda true: np.clip(true, 0, 1),
-            ("belief state, drawn in the triangle of the three hidden states", "", "triangle of the three states"),
-        )
-    mean = beliefs.mean(0)
-    _, lengths, axes = np.linalg.svd(beliefs - mean, full_matrices=False)
-    axes = axes[: max(1, min(3, int((lengths > 1e-6 * lengths[0]).sum())))]
-    scores = (beliefs - mean) @ axes.T
-    low, span = scores.min(0), np.ptp(scores, axis=0)
-
-    def colour(true: np.ndarray) -> np.ndarray:
-        scaled = np.clip(((true - mean) @ axes.T - low) / span, 0, 1)
-        return np.pad(scaled, ((0, 0), (0, 3 - scaled.shape[1])), constant_values=0.5)
-
-    if len(axes) == 1:
-        return (
-            lambda true, shown: np.column_stack([(true - mean) @ axes[0], (shown - mean) @ axes[0]]),
-            colour,
-            ("true belief, its one component", "belief shown", "the beliefs lie on a line: shown against true"),
-        )
-    return (
-        lambda true, shown: (shown - mean) @ axes[:2].T,
-        colour,
-        (
-            "belief state, first principal component",
-            "second principal component",
-            "principal components of the beliefs",
-        ),
     )
