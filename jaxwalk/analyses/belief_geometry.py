@@ -82,14 +82,7 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561, light: b
             verdict=f"R² of the belief is {r2.value:.4f} from context vectors, "
             f"{r2.references['last_token']:.4f} from the last token.",
         )
-    log_law = _log_features(data.log_laws)
-    nulls = {
-        "last_token": last_token,
-        "permuted": data.fit(model.vectors, np.random.default_rng(subject.seed).permutation(data.beliefs)),
-        "world_law": data.fit(np.exp(data.log_laws)),
-        "world_log_law": data.fit(log_law),
-        "world_law_and_log_law": data.fit(np.concatenate([log_law, np.exp(data.log_laws)], axis=-1)),
-    }
+    nulls = {"last_token": last_token, **_nulls(data, model, subject.seed)}
     every_untrained = [_regress(fresh, data, True) for fresh in subject.untrained_models(UNTRAINED)]
     best = max(every_untrained, key=lambda regressed: regressed.r2, default=None)
     untrained = None if best is None else _regress(best.model, data, False)
@@ -111,7 +104,7 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561, light: b
         conventions=conventions,
         arrays=arrays | shown_arrays,
         figures=(figure, station_figure),
-        primary=_contrasts(quantities, untrained, steering, reason),
+        primary=_contrasts(quantities, steering, reason),
     )
 
 
@@ -184,7 +177,19 @@ def _data(subject: Subject, paths: int) -> Data:
 
 def _regress(model: Transformer, data: Data, context_only: bool) -> Regressed:
     """The maps from a model's vectors to the beliefs; only that from the context vectors if `context_only`."""
-    stations, context, logits = measure(_walks, model, data.tokens)
+    return _fitted(model, data, *measure(_walks, model, data.tokens), context_only=context_only)
+
+
+def _fitted(
+    model: Transformer,
+    data: Data,
+    stations: Float[np.ndarray, "n S T D"],
+    context: Float[np.ndarray, "n T D"],
+    logits: Float[np.ndarray, "n T V"],
+    *,
+    context_only: bool = False,
+) -> Regressed:
+    """The maps from these vectors of a model to the beliefs."""
     features = {"context": context}
     if not context_only:
         n, S, T, D = stations.shape
@@ -204,6 +209,17 @@ def _regress(model: Transformer, data: Data, context_only: bool) -> Regressed:
         if context_only
         else regressed._replace(fits={**regressed.fits, "best_station": max(regressed.stations, key=_r2)})
     )
+
+
+def _nulls(data: Data, model: Regressed, seed: int) -> dict[str, Fit]:
+    """The fits to the world's law after each prefix, and that of context vectors to the beliefs of other paths."""
+    laws, log_laws = np.exp(data.log_laws), _log_features(data.log_laws)
+    return {
+        "permuted": data.fit(model.vectors, np.random.default_rng(seed).permutation(data.beliefs)),
+        "world_law": data.fit(laws),
+        "world_log_law": data.fit(log_laws),
+        "world_law_and_log_law": data.fit(np.concatenate([log_laws, laws], axis=-1)),
+    }
 
 
 def _truth(world: HiddenMarkov, path: Int[Array, " T"]) -> tuple[Array, Array]:
@@ -256,14 +272,12 @@ def _quantities(model: Regressed, untrained: Regressed | None, nulls: Mapping[st
     return tuple(quantities)
 
 
-def _contrasts(
-    quantities: Sequence[Quantity], untrained: Regressed | None, steering: Quantity | None, reason: str
-) -> tuple[Contrast, ...]:
+def _contrasts(quantities: Sequence[Quantity], steering: Quantity | None, reason: str) -> tuple[Contrast, ...]:
     """What the claim predicts of R^2, of R^2 beside the world's law, and of moves to other beliefs."""
     r2, with_law = quantities[:2]
 
     def against(quantity: Quantity, nulls: Sequence[str], statement: str, implied: str) -> Contrast:
-        if untrained is None:
+        if "untrained" not in quantity.nulls:
             return untestable("C8", statement, quantity.name, "there is no untrained model")
         null = max(nulls, key=quantity.references.__getitem__)
         best = quantity.references[null]

@@ -231,7 +231,7 @@ def _quantities(
     tokens: np.ndarray,
     at: np.ndarray,
 ) -> dict[str, Quantity]:
-    """All numbers by name. Their null is the first untrained model, or for those that decide, that nearest the claim."""
+    """All numbers by name, those that decide against the untrained model that is nearest to the claim."""
     quantities: dict[str, Quantity] = {}
     scored = (at > 0) & (at < tokens.shape[1] - 1)
     if scored.any():
