@@ -7,7 +7,7 @@ metric of these laws (Fisher's) each step has a length, and beside it stands the
 
 The lens of the last station is the final law by construction, and random steps come closer to their end, too. The claim
 predicts more: the walk composes more than the first station holds, which is the current token, and whose best law is
-known; and the stations between are nearer to the final law than those of untrained models. Straightness decides
+known; and the station before the last step holds it already, as a walk is no single step. Straightness decides
 nothing, as the claim does not say how a walk turns: in D dimensions random steps are orthogonal, which gives about
 1/sqrt(steps). Position 0 is reported apart: an attention sink there has a norm that swamps every mean.
 """
@@ -37,11 +37,9 @@ ALONE = ("lens_kl", "straightness", "length", "norm_growth")
 DRAWS = 4
 """The number of random walks for each walk."""
 UNTRAINED = 4
-"""How many untrained models there are: one initialisation is one draw, and the nearest to the claim is the null."""
+"""How many untrained models there are: one initialisation is one draw, and the best of them is the null."""
 COMPOSED = 0.01
 """The least gain over the law of the current token that matters, in nats per token: a likelihood 1% higher."""
-PROGRESS = 0.1
-"""The least difference in progress that matters: a tenth of the way from the first station's law to the final one."""
 FITTED_TOKENS = 1 << 17
 """How many tokens the law of the current token is fitted on."""
 SMOOTHING = 4.0
@@ -84,17 +82,19 @@ def analyse(
 
     measured = shapes(model)
     untrained = [shapes(fresh) for fresh in subject.untrained_models(1 if reduced else UNTRAINED)]
-    quantities = _quantities(measured, untrained, draw.documents, subject, draw.tokens, at)
+    losses = _losses(measured, untrained, subject, draw, at)
+    first = next(iter(untrained), None)
+    others = _quantities(measured, first, draw.documents, model.vocab_size)
     arrays, figures = _figures(measured, untrained, draw.documents, every, at, stations)
     last = Check("lens_kl_last_station", float(measured.kl[..., -1].max()), 1e-6, "the last station's lens is the law")
     return Finding(
         name="encoding_walk",
         claim="C6: context vectors are composed by an encoding walk, whose steps build up the law of what comes next.",
-        **numbers(quantities.values()),
+        **numbers([*losses.values(), *others.values()]),
         conventions=_conventions(model, draw, at, every, stations, embedding, normalised, len(untrained)),
         arrays=arrays,
         figures=figures,
-        primary=_contrasts(quantities, subject, draw.tokens, at),
+        primary=_contrasts(losses, subject.world, draw.tokens, at, len(every)),
         checks=(last,),
     )
 
@@ -123,7 +123,8 @@ class Shape(NamedTuple):
         random_straightness, random_turn: that of random walks of the same steps, mean over `DRAWS`.
         entropy, kl, rank: what the lens reads at each station.
         fisher, divergence: summed over steps.
-        loss, first_loss: -log p(next token) of the last station and of the first, 0 where there is no next token.
+        loss: [P, 3], -log p(next token) of the lens of the first station, the last but one, and the last; 0 where there
+            is no next token.
     """
 
     length: Any
@@ -140,7 +141,6 @@ class Shape(NamedTuple):
     fisher: Any
     divergence: Any
     loss: Any
-    first_loss: Any
 
 
 def _shape(
@@ -154,8 +154,10 @@ def _shape(
     """The walks of some positions of a path."""
     walks = model.walk(path).stations[every][:, at]
     reading, fisher, divergence = read_steps(model, walks)
-    laws = jax.vmap(jax.vmap(lambda x: jax.nn.log_softmax(model.logits(model.context(x)))))(walks[np.array([0, -1])])
-    first_loss, loss = (-_next_log_prob(law, path, at) for law in laws)
+    laws = jax.vmap(jax.vmap(lambda x: jax.nn.log_softmax(model.logits(model.context(x)))))(
+        walks[np.array([0, -2, -1])]
+    )
+    loss = jnp.stack([-_next_log_prob(law, path, at) for law in laws], axis=-1)
     walks = walks.swapaxes(0, 1).astype(jnp.float32)
 
     def one(walk: Array, key: Array) -> tuple[Array, ...]:
@@ -176,7 +178,7 @@ def _shape(
 
     geometry = jax.vmap(one)(walks, jax.random.split(jax.random.key(seed), len(at)))
     lens = (*(a.T for a in reading), fisher.sum(0), divergence.sum(0))
-    return Shape(*(*geometry, *lens, loss, first_loss))
+    return Shape(*(*geometry, *lens, loss))
 
 
 def _next_log_prob(log_laws: Float[Array, "P V"], path: Int[Array, " T"], at: Int[Array, " P"]) -> Array:
@@ -223,38 +225,41 @@ def _per_path(shape: Shape) -> dict[str, np.ndarray]:
 UNITS = {"straightness": "of 1", "lens_top_agreement": "share", "turn_angle": "radians", "cosine": "of 1"}
 
 
-def _quantities(
-    shape: Shape,
-    untrained: Sequence[Shape],
-    documents: np.ndarray,
-    subject: Subject,
-    tokens: np.ndarray,
-    at: np.ndarray,
+def _scored(tokens: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Which of the positions are scored: all but position 0, and the last token, of which the next is not known."""
+    return (at > 0) & (at < tokens.shape[1] - 1)
+
+
+def _losses(
+    shape: Shape, untrained: Sequence[Shape], subject: Subject, draw: Draw, at: Int[np.ndarray, " P"]
 ) -> dict[str, Quantity]:
-    """All numbers by name, those that decide against the untrained model that is nearest to the claim."""
-    quantities: dict[str, Quantity] = {}
-    scored = (at > 0) & (at < tokens.shape[1] - 1)
-    if scored.any():
-        fitted = subject.draw(-(-FITTED_TOKENS // tokens.shape[1]), tokens.shape[1], to_fit=True).tokens
-        ngram = fit_ngrams(fitted, np.ones_like(fitted), subject.model.vocab_size, 1, SMOOTHING)
-        nulls = {
-            "current_token": measure(_ngram_loss, ngram, tokens, shared=(at,))[:, scored].mean(1),
-            "first_station": shape.first_loss[:, scored].mean(1),
-        }
-        losses = [other.loss[:, scored].mean(1) for other in untrained]
-        if losses:
-            nulls["untrained"] = min(losses, key=np.mean)
-        quantities["loss"] = Quantity("loss", shape.loss[:, scored].mean(1), nulls, documents=documents)
-    if shape.kl.shape[-1] > 2:
-        others = [_kl_columns(other) for other in untrained]
-        best = {"untrained": max(others, key=lambda columns: _progress(columns.mean(0)))} if others else {}
-        quantities["progress"] = Quantity("progress", _kl_columns(shape), best, "share", _progress, documents)
-    null = _per_path(untrained[0]) if untrained else {}
+    """The losses of the last station and of the one before, beside that of the law of the current token."""
+    scored = _scored(draw.tokens, at)
+    if not scored.any():
+        return {}
+    T = draw.tokens.shape[1]
+    fitted = subject.draw(-(-FITTED_TOKENS // T), T, to_fit=True).tokens
+    ngram = fit_ngrams(fitted, np.ones_like(fitted), subject.model.vocab_size, 1, SMOOTHING)
+    current = measure(_ngram_loss, ngram, draw.tokens, shared=(at,))[:, scored].mean(axis=1)
+    loss, *others = (each.loss[:, scored].mean(axis=1) for each in (shape, *untrained))
+    quantities = {}
+    for name, station in {"loss": 2, "loss_before_last": 1}.items():
+        nulls = {"current_token": current, "first_station": loss[:, 0]}
+        if others:
+            nulls["untrained"] = min((other[:, station] for other in others), key=np.mean)
+        quantities[name] = Quantity(name, loss[:, station], nulls, documents=draw.documents)
+    return quantities
+
+
+def _quantities(shape: Shape, untrained: Shape | None, documents: np.ndarray, vocab_size: int) -> dict[str, Quantity]:
+    """The numbers of `_per_path`."""
+    null = {} if untrained is None else _per_path(untrained)
     extra: Mapping[str, dict[str, Any]] = {
         "straightness": {"random_walk": _mean(shape.random_straightness[:, 1:], 1)},
         "turn_angle": {"random_walk": _mean(_mean(shape.random_turn, -1)[:, 1:], 1)},
-        "lens_top_agreement": {"chance": 1 / subject.model.vocab_size},
+        "lens_top_agreement": {"chance": 1 / vocab_size},
     }
+    quantities = {}
     for name, values in _per_path(shape).items():
         nulls = ({"untrained": null[name]} if name in null else {}) | extra.get(name, {})
         nulls = {key: a for key, a in nulls.items() if np.isfinite(a).all()}
@@ -263,43 +268,27 @@ def _quantities(
     return quantities
 
 
-def _kl_columns(shape: Shape) -> Float[np.ndarray, "n 2"]:
-    """KL(final || lens) of each path without position 0: mean of the stations between, and of the first station."""
-    kl = shape.kl[:, 1:].mean(axis=1)
-    return np.stack([kl[:, 1:-1].mean(axis=1), kl[:, 0]], axis=1)
-
-
-def _progress(means: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "..."]:
-    return np.asarray(1 - means[..., 0] / means[..., 1])
-
-
 def _contrasts(
-    quantities: Mapping[str, Quantity], subject: Subject, tokens: np.ndarray, at: np.ndarray
+    losses: Mapping[str, Quantity], world: Any, tokens: np.ndarray, at: np.ndarray, stations: int
 ) -> tuple[Contrast, ...]:
-    """What the claim predicts of the last station's law, and of those of the stations between."""
-    composed = "the last station predicts the next token better than the current token, the first station, can"
-    gradual = "the stations between are nearer to the final law than in untrained models, as a share of the start"
-    loss, progress = quantities.get("loss"), quantities.get("progress")
-    scored = (at > 0) & (at < tokens.shape[1] - 1)
-    if loss is None:
-        first = untestable("C6", composed, "loss", "paths are too short")
-    elif subject.world is not None and _gain(subject.world, loss, tokens, at, scored) < 2 * COMPOSED:
-        first = untestable("C6", composed, "loss", "in this world the current token tells nearly all of the next one")
-    else:
-        null = min(loss.references, key=loss.references.__getitem__)
+    """What the claim predicts of the last station and of the one before: they know more than the current token."""
+    reason = ""
+    if not losses:
+        reason = "paths are too short"
+    elif world is not None:
+        ideal = measure(_world_loss, world, tokens, shared=(at,))[:, _scored(tokens, at)].mean()
+        if losses["loss"].references["current_token"] - ideal < 2 * COMPOSED:
+            reason = "in this world the current token tells nearly all about the next one"
+    contrasts = []
+    for name, station in {"loss": "the last station", "loss_before_last": "the station before the last step"}.items():
+        statement = f"{station} predicts the next token better than the current token can, the first station"
+        if reason or (name != "loss" and stations == 2):
+            contrasts.append(untestable("C6", statement, name, reason or "the walk has one step"))
+            continue
+        null = min(losses[name].references, key=losses[name].references.__getitem__)
         label = {"current_token": "the law of the current token", "untrained": "the best untrained model"}.get(null)
-        first = loss.contrast(null, "C6", composed, at_most=-COMPOSED, label=label)
-    if progress is None:
-        return first, untestable("C6", gradual, "progress", "there is no station between the first and the last")
-    if "untrained" not in progress.nulls:
-        return first, untestable("C6", gradual, "progress", "there is no untrained model")
-    label = "the best untrained model"
-    return first, progress.contrast("untrained", "C6", gradual, at_least=PROGRESS, label=label)
-
-
-def _gain(world: Any, loss: Quantity, tokens: np.ndarray, at: np.ndarray, scored: np.ndarray) -> float:
-    """How much better than the law of the current token the world's is, in nats per token."""
-    return loss.references["current_token"] - float(measure(_world_loss, world, tokens, shared=(at,))[:, scored].mean())
+        contrasts.append(losses[name].contrast(null, "C6", statement, at_most=-COMPOSED, label=label))
+    return tuple(contrasts)
 
 
 # Figures and conventions.
@@ -368,9 +357,8 @@ def _conventions(
         "positions": f"{', '.join(map(str, at))} of 0 to {draw.tokens.shape[1] - 1}; mean over positions, then paths",
         "units": "nats; radians; lengths in the units of the stream",
         "turn_angle": "between consecutive steps, 0 straight on, pi back; undefined, and left out, at a zero step",
-        "loss": "-log p(next token) of the last station, of the lens of the first, and of the best law of the current "
-        f"token, which is fitted on about {FITTED_TOKENS} other tokens",
-        "progress": "1 - mean KL(final || lens) of the stations between the first and the last / that of the first",
+        "loss": "-log p(next token) of the last station; loss_before_last: of the lens of the station before",
+        "current_token": f"the law of the next token given the current one, fitted on {FITTED_TOKENS} other tokens",
         "lens_kl": "KL(final || lens), mean over all stations but the last, where it is 0 exactly",
         "lens_top_agreement": "share of stations but the last whose most probable token is the final law's",
         "fisher_length": "summed: sqrt(delta' G delta) of each step, G the Fisher metric where it starts; sqrt(nats)",
@@ -378,7 +366,9 @@ def _conventions(
         "length where steps are small",
         "entropy_change": "entropy of the final law minus that of the first station's lens",
         "random_walk": f"same start, same step lengths, independent uniform directions; mean of {DRAWS} for each walk",
-        "untrained": f"of loss and progress the best of {untrained}, otherwise the first" if untrained else "none",
+        "untrained": f"of loss and loss_before_last the best of {untrained}, otherwise the first"
+        if untrained
+        else "none",
         "paths": len(draw.tokens),
     }
 
