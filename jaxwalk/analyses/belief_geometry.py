@@ -319,7 +319,7 @@ def _steering(
         return None, "the model has other tokens than the world"
     n, T, D = model.vectors.shape
     n = min(n, STEERED_PATHS, max(16, FLOATS // (8 * (2 + DIRECTIONS) * T * D)))
-    beliefs, log_laws = measure(_truth, subject.world, subject.draw(n, T, to_fit=True).tokens)
+    beliefs, log_laws = measure(_truth, subject.world, subject.draw(len(data.tokens), T, to_fit=True).tokens[:n])
     laws = np.exp(log_laws)
     mean = laws.mean(axis=0, keepdims=True)
     told = np.where(laws > 0, laws * (np.where(laws > 0, log_laws, 0) - np.log(np.where(mean > 0, mean, 1))), 0)

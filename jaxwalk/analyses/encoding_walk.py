@@ -163,7 +163,7 @@ def _shape(
     def one(walk: Array, key: Array) -> tuple[Array, ...]:
         size = norms(walk)
         walk = walk / jnp.where(normalised, size[:, None], 1)
-        nulls = [random_walk(walk, k) for k in jax.random.split(key, DRAWS)]
+        nulls = jax.vmap(random_walk, (None, 0))(walk, jax.random.split(key, DRAWS))
         undefined = lambda a: jnp.where(jnp.isnan(a) & ~jnp.isnan(size).any(), jnp.inf, a)
         return (
             length(walk),
@@ -172,8 +172,8 @@ def _shape(
             undefined(turn_angles(walk)),
             undefined(stationwise_cosine(walk)),
             size,
-            undefined(sum(map(straightness, nulls)) / DRAWS),
-            undefined(sum(map(turn_angles, nulls)) / DRAWS),
+            undefined(jax.vmap(straightness)(nulls).mean(axis=0)),
+            undefined(jax.vmap(turn_angles)(nulls).mean(axis=0)),
         )
 
     geometry = jax.vmap(one)(walks, jax.random.split(jax.random.key(seed), len(at)))
