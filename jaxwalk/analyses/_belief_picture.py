@@ -1,16 +1,19 @@
-"""The picture of `belief_geometry`: beliefs of the world, and those that models' context vectors show."""
+"""The figures of `belief_geometry`: beliefs that models' context vectors show, and R^2 of each station."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxwalk.evidence.decision import Quantity
 from jaxwalk.evidence.engine import measure
-from jaxwalk.evidence.finding import Series
-from jaxwalk.evidence.regression import Affine, Deal, predict
+from jaxwalk.evidence.finding import Figure, Series
+from jaxwalk.evidence.regression import Affine, Deal, Fit, predict, r_squared
 from jaxwalk.model import Transformer
 from jaxwalk.worlds import HiddenMarkov
+
+Arrays = dict[str, np.ndarray]
 
 
 def picture(
@@ -19,7 +22,7 @@ def picture(
     deal: Deal,
     beliefs: Float[np.ndarray, "n T N"],
     points: int,
-) -> tuple[tuple[Series, ...], dict[str, np.ndarray], tuple[str, str, str]]:
+) -> tuple[Arrays, Figure, str]:
     """One point for each possible word, coloured by its belief: the world's, and those that models' contexts show.
 
     Args:
@@ -30,7 +33,7 @@ def picture(
         points: the most words.
 
     Returns:
-        The panels, their arrays, and (label of x, label of y, convention).
+        The arrays, the figure, and what was chosen.
     """
     V, T = world.vocab_size, beliefs.shape[1]
     depth = max(d for d in range(1, T + 1) if d == 1 or V**d <= points)
@@ -53,7 +56,9 @@ def picture(
         arrays[f"{name}_beliefs"] = predicted = predict(maps, context, folds)[:, 0]
         panels.append(panel(name, f"{name.capitalize()} model, R² {r2:.4f}", predicted))
     what = f"one point for each possible word of {depth} tokens, coloured by its true belief, by maps not fitted to it"
-    return tuple(panels), arrays, (view[0], view[1], f"{view[2]}; {what}")
+    title = "The context vectors, through one affine map, beside the beliefs of an observer who knows the world"
+    figure = Figure("beliefs", title, view[0], view[1], tuple(panels), equal_aspect=True, panels=True)
+    return arrays, figure, f"{view[2]}; {what}"
 
 
 def _projection(
@@ -97,3 +102,25 @@ def _projection(
 def _last_context(model: Transformer, path: Int[Array, " T"]) -> Array:
     """The context vector of a whole path, [D]."""
     return model.walk(path).context[-1]
+
+
+def by_station(shown: Mapping[str, Sequence[Fit]], references: Mapping[str, float]) -> tuple[Arrays, Figure]:
+    """1 - R^2 of each station of each of these models, with intervals, and of other vectors as references."""
+    arrays: Arrays = {"station": np.arange(len(next(iter(shown.values()))))}
+    series: list[Series] = []
+    for label, fits in shown.items():
+        each = [Quantity("r2", fit.sums, statistic=r_squared) for fit in fits]
+        values = np.array([(q.value, *reversed(q.interval or (q.value, q.value))) for q in each])
+        names = [f"{label}_{what}_by_station" for what in ("unexplained", "low", "high")]
+        arrays |= dict(zip(names, np.maximum(1 - values.T, 1e-12), strict=True))
+        arrays[f"{label}_r2_by_station"] = values[:, 0]
+        series.append(Series(label, names[0], "station", low=names[1], high=names[2], dashed=len(series) > 0))
+    return arrays, Figure(
+        name="belief_r2_by_station",
+        title="Share of the belief that an affine map of one station leaves unexplained (1 - R², held-out)",
+        x_label="station of the encoding walk (0: after the embedding)",
+        y_label="1 - R²",
+        series=tuple(series),
+        references={name: max(1 - r2, 1e-12) for name, r2 in references.items()},
+        log_y=True,
+    )

@@ -19,18 +19,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy import special
 
-from jaxwalk.analyses._belief_picture import picture
+from jaxwalk.analyses._belief_picture import by_station, picture
 from jaxwalk.evidence.decision import Contrast, Quantity, numbers, untestable
 from jaxwalk.evidence.engine import measure
-from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.finding import Finding, NotApplicable
 from jaxwalk.evidence.regression import (
     FOLDS,
     RIDGES,
-    Affine,
     Deal,
     Fit,
     cross_fit,
     partial_r_squared,
+    patterns,
     predict,
     r_squared,
 )
@@ -88,22 +88,21 @@ def analyse(subject: Subject, *, paths: int = 1024, points: int = 6561, light: b
     untrained = None if best is None else _regress(best.model, data, False)
     quantities = _quantities(model, untrained, nulls)
     steering, reason = _steering(subject, model, untrained, data)
-    arrays, station_figure = _by_station(model, untrained, quantities[0])
-    both = {"trained": model, "untrained": untrained}
-    shown = {name: (r.model, r.fits["context"].maps, r.r2) for name, r in both.items() if r is not None}
-    panels, shown_arrays, view = picture(subject.world, shown, data.deal, data.beliefs, points)
-    conventions = _conventions(data) | _more_conventions(every_untrained, view)
+    shown = {"trained": model} | ({} if untrained is None else {"untrained": untrained})
+    references = {"context vector": model.r2, "last token alone": _r2(last_token)}
+    arrays, station_figure = by_station({name: each.stations for name, each in shown.items()}, references)
+    panels = {name: (each.model, each.fits["context"].maps, each.r2) for name, each in shown.items()}
+    beliefs, beliefs_figure, convention = picture(subject.world, panels, data.deal, data.beliefs, points)
+    conventions = _conventions(data) | _more_conventions(every_untrained) | {"picture": convention}
     if "all_stations" not in model.fits:
         conventions["all_stations"] = f"not fitted: there are more than {WIDEST} features"
-    title = "The context vectors, through one affine map, beside the beliefs of an observer who knows the world"
-    figure = Figure("beliefs", title, view[0], view[1], panels, equal_aspect=True, panels=True)
     return Finding(
         name="belief_geometry",
         claim=CLAIM,
         **numbers([q for q in (*quantities, steering) if q is not None and np.isfinite(q.value)]),
         conventions=conventions,
-        arrays=arrays | shown_arrays,
-        figures=(figure, station_figure),
+        arrays=arrays | beliefs,
+        figures=(beliefs_figure, station_figure),
         primary=_contrasts(quantities, steering, reason),
     )
 
@@ -190,25 +189,23 @@ def _fitted(
     context_only: bool = False,
 ) -> Regressed:
     """The maps from these vectors of a model to the beliefs."""
-    features = {"context": context}
-    if not context_only:
-        n, S, T, D = stations.shape
-        log_law = _log_features(data.log_laws)
-        features |= {
-            "law": special.softmax(logits, axis=-1),
-            "logits": logits,
-            "with_law": np.concatenate([context, log_law, np.exp(data.log_laws)], axis=-1),
-            "with_log_law": np.concatenate([context, log_law], axis=-1),
-            **{f"station_{s}": stations[:, s] for s in range(S)},
-        }
-        if S * D <= WIDEST:
-            features["all_stations"] = stations.swapaxes(1, 2).reshape(n, T, S * D)
-    regressed = Regressed(model, context, {name: data.fit(x) for name, x in features.items()})
-    return (
-        regressed
-        if context_only
-        else regressed._replace(fits={**regressed.fits, "best_station": max(regressed.stations, key=_r2)})
-    )
+    if context_only:
+        return Regressed(model, context, {"context": data.fit(context)})
+    n, S, T, D = stations.shape
+    log_law = _log_features(data.log_laws)
+    features = {
+        "context": context,
+        "law": special.softmax(logits, axis=-1),
+        "logits": logits,
+        "with_law": np.concatenate([context, log_law, np.exp(data.log_laws)], axis=-1),
+        "with_log_law": np.concatenate([context, log_law], axis=-1),
+        **{f"station_{s}": stations[:, s] for s in range(S)},
+    }
+    if S * D <= WIDEST:
+        features["all_stations"] = stations.swapaxes(1, 2).reshape(n, T, S * D)
+    fits = {name: data.fit(x) for name, x in features.items()}
+    fits["best_station"] = max((fits[f"station_{s}"] for s in range(S)), key=_r2)
+    return Regressed(model, context, fits)
 
 
 def _nulls(data: Data, model: Regressed, seed: int) -> dict[str, Fit]:
@@ -352,21 +349,13 @@ def _moved(
 ) -> Float[np.ndarray, "n K T D"]:
     """Context vectors as they are, moved to where the map reads other beliefs, and moved in random directions.
 
-    Of all changes that the map reads alike, it is the least in the metric of the vectors' covariance: the change that
-    is the likeliest among context vectors. Directions of belief in which the map hardly reads a difference are left.
-    Random directions are drawn from the same covariance, and are as long as the move.
+    Random directions are drawn from the covariance of the context vectors, and are as long as the move.
     """
     maps, x = regressed.fits["context"].maps, regressed.vectors[: len(folds)]
-    rows = regressed.vectors.reshape(-1, x.shape[-1])
-    covariance = np.cov(rows, rowvar=False)
-    changes = []
-    for weight, _ in maps:
-        along = weight.T @ covariance
-        pattern = np.linalg.pinv(along @ weight, rcond=1e-2, hermitian=True) @ along
-        changes.append(Affine(pattern, np.zeros(len(covariance))))
-    change = predict(changes, beliefs - predict(maps, x, folds), folds)
+    covariance = np.cov(regressed.vectors.reshape(-1, x.shape[-1]), rowvar=False)
+    change = predict(patterns(maps, covariance), beliefs - predict(maps, x, folds), folds)
     moved = [x, x + change]
-    root = np.linalg.cholesky(covariance + 1e-9 * np.trace(covariance) * np.eye(len(covariance)))
+    root = np.linalg.cholesky(covariance + (1e-9 * np.trace(covariance) + 1e-300) * np.eye(len(covariance)))
     for _ in range(DIRECTIONS):
         direction = rng.normal(size=x.shape) @ root.T
         size = np.linalg.norm(change, axis=-1, keepdims=True) / np.linalg.norm(direction, axis=-1, keepdims=True)
@@ -405,7 +394,7 @@ def _conventions(data: Data) -> dict[str, Any]:
     }
 
 
-def _more_conventions(untrained: Sequence[Regressed], view: tuple[str, str, str]) -> dict[str, Any]:
+def _more_conventions(untrained: Sequence[Regressed]) -> dict[str, Any]:
     each = ", ".join(f"{regressed.r2:.3f}" for regressed in untrained)
     return {
         "untrained": f"the best of {len(untrained)} initialisations, whose R² are {each}" if untrained else "none",
@@ -422,32 +411,4 @@ def _more_conventions(untrained: Sequence[Regressed], view: tuple[str, str, str]
         "steering": "context vectors are moved to the belief after the same number of tokens of another path, by the "
         "least change in the metric of their covariance; random directions are as long, and the best of "
         f"{DIRECTIONS} counts",
-        "picture": view[2],
     }
-
-
-def _by_station(model: Regressed, untrained: Regressed | None, r2: Quantity) -> tuple[dict[str, np.ndarray], Figure]:
-    """1 - R^2 of each station, with its interval."""
-    arrays: dict[str, np.ndarray] = {"station": np.arange(len(model.stations))}
-    series = []
-    for label, regressed in (("trained", model), ("untrained", untrained)):
-        if regressed is None:
-            continue
-        each = [Quantity("r2", fit.sums, statistic=r_squared) for fit in regressed.stations]
-        values = np.array([(q.value, *reversed(q.interval or (q.value, q.value))) for q in each])
-        names = [f"{label}_{what}_by_station" for what in ("unexplained", "low", "high")]
-        arrays |= dict(zip(names, np.maximum(1 - values.T, 1e-12), strict=True))
-        arrays[f"{label}_r2_by_station"] = values[:, 0]
-        series.append(Series(label, names[0], "station", low=names[1], high=names[2], dashed=regressed is untrained))
-    return arrays, Figure(
-        name="belief_r2_by_station",
-        title="Share of the belief that an affine map of one station leaves unexplained (1 - R², held-out)",
-        x_label="station of the encoding walk (0: after the embedding)",
-        y_label="1 - R²",
-        series=tuple(series),
-        references={
-            "context vector": max(1 - r2.value, 1e-12),
-            "last token alone": max(1 - r2.references["last_token"], 1e-12),
-        },
-        log_y=True,
-    )

@@ -91,7 +91,7 @@ def analyse(
         name="encoding_walk",
         claim="C6: context vectors are composed by an encoding walk, whose steps build up the law of what comes next.",
         **numbers([*losses.values(), *others.values()]),
-        conventions=_conventions(model, draw, at, every, stations, embedding, normalised, len(untrained)),
+        conventions=_conventions(every, at, len(draw.tokens), normalised, len(untrained)),
         arrays=arrays,
         figures=figures,
         primary=_contrasts(losses, subject.world, draw.tokens, at, len(every)),
@@ -338,38 +338,25 @@ def _figures(
     return arrays, (kl, turns, size)
 
 
-def _conventions(
-    model: Transformer,
-    draw: Draw,
-    at: np.ndarray,
-    every: np.ndarray,
-    stations: str,
-    embedding: bool,
-    normalised: bool,
-    untrained: int,
-) -> dict[str, Any]:
+def _conventions(every: np.ndarray, at: np.ndarray, n: int, normalised: bool, untrained: int) -> dict[str, Any]:
     return {
-        "stations": f"{stations}: numbers {', '.join(map(str, every))} of 0 to {2 * model.depth}",
-        "embedding": "the first station" if embedding else "left out",
+        "stations": f"numbers {', '.join(map(str, every))}: 0 is the embedding, odd ones follow aggregates",
         "normalised": "stations scaled to length 1 before geometry" if normalised else "stations as they are",
         "final_norm": "geometry before it; the lens applies it, and the output map, to every station",
-        "position_0": "left out of every mean, and reported apart as name_position_0",
-        "positions": f"{', '.join(map(str, at))} of 0 to {draw.tokens.shape[1] - 1}; mean over positions, then paths",
-        "units": "nats; radians; lengths in the units of the stream",
+        "positions": f"{', '.join(map(str, at))} of {n} paths; position 0 is reported apart, and in no mean",
+        "units": "nats; radians; lengths in the units of the stream; Fisher lengths in sqrt(nats)",
         "turn_angle": "between consecutive steps, 0 straight on, pi back; undefined, and left out, at a zero step",
         "loss": "-log p(next token) of the last station; loss_before_last: of the lens of the station before",
         "current_token": f"the law of the next token given the current one, fitted on {FITTED_TOKENS} other tokens",
         "lens_kl": "KL(final || lens), mean over all stations but the last, where it is 0 exactly",
         "lens_top_agreement": "share of stations but the last whose most probable token is the final law's",
-        "fisher_length": "summed: sqrt(delta' G delta) of each step, G the Fisher metric where it starts; sqrt(nats)",
-        "step_divergence": "summed over steps: KL(law of a station || law of the next), nats; half the squared Fisher "
-        "length where steps are small",
+        "fisher_length": "summed: sqrt(delta' G delta) of each step, G the Fisher metric where it starts",
+        "step_divergence": "summed over steps: KL(law of a station || law of the next)",
         "entropy_change": "entropy of the final law minus that of the first station's lens",
         "random_walk": f"same start, same step lengths, independent uniform directions; mean of {DRAWS} for each walk",
         "untrained": f"of loss and loss_before_last the best of {untrained}, otherwise the first"
         if untrained
         else "none",
-        "paths": len(draw.tokens),
     }
 
 

@@ -171,6 +171,20 @@ def predict(
     return np.take_along_axis(every, folds[:, :, None, None], axis=2)[:, :, 0]
 
 
+def patterns(maps: list[Affine], covariance: Float[np.ndarray, "F F"]) -> list[Affine]:
+    """For each map, the linear change of x that changes the prediction by a given amount.
+
+    Of all such changes it is the least in the metric of the covariance of x, and so the likeliest (the pattern that
+    belongs to a filter, Haufe et al. 2014). Directions of y in which predictions hardly vary are left as they are.
+    """
+    changes = []
+    for weight, _ in maps:
+        along = weight.T @ covariance
+        inverse = np.linalg.pinv(along @ weight, rcond=1e-2, hermitian=True)
+        changes.append(Affine(inverse @ along, np.zeros(len(covariance))))
+    return changes
+
+
 def r_squared(sums: Float[np.ndarray, "... sums"]) -> Float[np.ndarray, "..."]:
     """The held-out R^2, from the means of `Fit.sums`: 1 - squared error / variance, summed over the coordinates of y.
 
