@@ -91,7 +91,7 @@ def analyse(
         name="encoding_walk",
         claim="C6: context vectors are composed by an encoding walk, whose steps build up the law of what comes next.",
         **numbers([*losses.values(), *others.values()]),
-        conventions=_conventions(every, at, len(draw.tokens), normalised, len(untrained)),
+        conventions=_conventions(stations, every, at, len(draw.tokens), normalised, len(untrained)),
         arrays=arrays,
         figures=figures,
         primary=_contrasts(losses, subject.world, draw.tokens, at, len(every)),
@@ -338,12 +338,15 @@ def _figures(
     return arrays, (kl, turns, size)
 
 
-def _conventions(every: np.ndarray, at: np.ndarray, n: int, normalised: bool, untrained: int) -> dict[str, Any]:
+def _conventions(
+    stations: str, every: np.ndarray, at: np.ndarray, n: int, normalised: bool, untrained: int
+) -> dict[str, Any]:
     return {
-        "stations": f"numbers {', '.join(map(str, every))}: 0 is the embedding, odd ones follow aggregates",
+        "stations": f"{stations}: numbers {', '.join(map(str, every))}; 0 is the embedding, odd ones follow aggregates",
         "normalised": "stations scaled to length 1 before geometry" if normalised else "stations as they are",
         "final_norm": "geometry before it; the lens applies it, and the output map, to every station",
-        "positions": f"{', '.join(map(str, at))} of {n} paths; position 0 is reported apart, and in no mean",
+        "paths": n,
+        "positions": f"{', '.join(map(str, at))}; position 0 is reported apart, and in no mean",
         "units": "nats; radians; lengths in the units of the stream; Fisher lengths in sqrt(nats)",
         "turn_angle": "between consecutive steps, 0 straight on, pi back; undefined, and left out, at a zero step",
         "loss": "-log p(next token) of the last station; loss_before_last: of the lens of the station before",
