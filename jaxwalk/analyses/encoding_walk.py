@@ -76,7 +76,7 @@ def analyse(
     draw, at, reduced = _paths(subject, paths, positions, len(every))
 
     def shapes(model: Transformer) -> Shape:
-        seeds = np.arange(len(draw.tokens), dtype=np.uint32)
+        seeds = (np.arange(len(draw.tokens)) + 65536 * subject.seed).astype(np.uint32)
         shape = measure(_shape, model, draw.tokens, seeds, shared=(at, every, np.asarray(normalised)))
         return Shape(*(np.where(np.isinf(a), np.nan, a) for a in shape))
 
@@ -109,9 +109,11 @@ def _paths(subject: Subject, paths: int, positions: int, S: int) -> tuple[Draw, 
     draw = subject.draw(paths)
     n, T = draw.tokens.shape
     count = max(1, min(positions, FLOATS // (n * model.vocab_size), T - 1))
-    chosen = np.linspace(1, T - 1, count).round() if count > 1 else np.array([T // 2])
+    chosen = np.linspace(1, T - 1, count)
+    if count < min(positions, T - 1):  # few are not at the ends, where contexts are short and the next token is unknown
+        chosen = np.arange(1, count + 1) * (T - 1) / (count + 1)
+    at = np.unique(np.concatenate([[0], chosen.round()])).astype(np.int32)
     most = max(8, int(WORK / (4.0 * S * (count + 1) * model.vocab_size * model.width)))
-    at = np.unique(np.concatenate([[0], chosen])).astype(np.int32)
     return Draw(draw.tokens[:most], draw.documents[:most]), at, most < n
 
 
@@ -234,11 +236,13 @@ def _losses(
     shape: Shape, untrained: Sequence[Shape], subject: Subject, draw: Draw, at: Int[np.ndarray, " P"]
 ) -> dict[str, Quantity]:
     """The losses of the last station and of the one before, beside that of the law of the current token."""
-    scored = _scored(draw.tokens, at)
+    scored, T = _scored(draw.tokens, at), draw.tokens.shape[1]
     if not scored.any():
         return {}
-    T = draw.tokens.shape[1]
-    fitted = subject.draw(-(-FITTED_TOKENS // T), T, to_fit=True).tokens
+    try:
+        fitted = subject.draw(-(-FITTED_TOKENS // T), T, to_fit=True).tokens
+    except NotApplicable:
+        return {}
     ngram = fit_ngrams(fitted, np.ones_like(fitted), subject.model.vocab_size, 1, SMOOTHING)
     current = measure(_ngram_loss, ngram, draw.tokens, shared=(at,))[:, scored].mean(axis=1)
     loss, *others = (each.loss[:, scored].mean(axis=1) for each in (shape, *untrained))
@@ -274,7 +278,7 @@ def _contrasts(
     """What the claim predicts of the last station and of the one before: they know more than the current token."""
     reason = ""
     if not losses:
-        reason = "paths are too short"
+        reason = "there are too few tokens to fit the law of the current token, or to predict"
     elif world is not None:
         ideal = measure(_world_loss, world, tokens, shared=(at,))[:, _scored(tokens, at)].mean()
         if losses["loss"].references["current_token"] - ideal < 2 * COMPOSED:
@@ -350,7 +354,7 @@ def _conventions(
         "units": "nats; radians; lengths in the units of the stream; Fisher lengths in sqrt(nats)",
         "turn_angle": "between consecutive steps, 0 straight on, pi back; undefined, and left out, at a zero step",
         "loss": "-log p(next token) of the last station; loss_before_last: of the lens of the station before",
-        "current_token": f"the law of the next token given the current one, fitted on {FITTED_TOKENS} other tokens",
+        "current_token": f"law of the next token given the current one, fitted on at most {FITTED_TOKENS} other tokens",
         "lens_kl": "KL(final || lens), mean over all stations but the last, where it is 0 exactly",
         "lens_top_agreement": "share of stations but the last whose most probable token is the final law's",
         "fisher_length": "summed: sqrt(delta' G delta) of each step, G the Fisher metric where it starts",
