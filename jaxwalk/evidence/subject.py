@@ -148,6 +148,21 @@ class Subject:
             raise ValueError(f"step: expected one of {list(self.series)}, got {step}.")
         return dataclasses.replace(self, model=plain(self.load_step(step)), step=step)
 
+    def untrained_models(self, n: int) -> list[Transformer]:
+        """The untrained model and, as one initialisation is one draw, fresh ones of its architecture: n in all.
+
+        Without the config of a run, fresh ones are copies in which the entries of each matrix are permuted. The list is
+        empty if there is no untrained model.
+        """
+        if self.untrained is None:
+            return []
+        if self.workdir is not None and (self.workdir / "config.json").exists():
+            config = checkpoint.Run(self.workdir).config.model
+            fresh = (plain(init(config, jax.random.fold_in(jax.random.key(0xF4E5), i))) for i in range(1, n))
+        else:
+            fresh = (_permuted(self.untrained, np.random.default_rng(i)) for i in range(1, n))
+        return [self.untrained, *fresh]
+
     def symbol(self, token: int | np.integer) -> str:
         """The displayed form of a token. It is untrusted text: escape it in HTML."""
         return str(token) if self.vocabulary is None else self.vocabulary.symbol(int(token))
@@ -184,6 +199,19 @@ class Subject:
     def metrics(self) -> list[dict[str, float]]:
         """The rows of the run's metrics.jsonl, or none if there is no such file."""
         return [] if self.workdir is None else checkpoint.read_metrics(self.workdir / "metrics.jsonl")
+
+
+def _permuted(model: Transformer, rng: np.random.Generator) -> Transformer:
+    """The model with the entries of each matrix permuted, within each layer, so that their distribution stays."""
+
+    def leaf(a: Any) -> Any:
+        rows = np.asarray(a).reshape(-1, *a.shape[-2:]) if a.ndim > 1 else None
+        if rows is None or not np.issubdtype(rows.dtype, np.floating):
+            return a
+        mixed = np.stack([rng.permutation(row.ravel()) for row in rows])
+        return jax.numpy.asarray(mixed.reshape(a.shape), a.dtype)
+
+    return jax.tree.map(leaf, model)
 
 
 def open_subject(
