@@ -1,7 +1,7 @@
 """A mixture of four hidden Markov sources: each path is of one of them, which its context has to tell.
 
-    python train.py configs/mixture.py
-    python analyze.py runs/mixture
+python train.py configs/mixture.py
+python analyze.py runs/mixture
 """
 
 from jaxwalk import ModelConfig, TrainConfig, WorldData, aggregates
