@@ -28,6 +28,7 @@ import numpy as np
 import jaxwalk as jw
 from jaxwalk.analyses import Figure, Finding, Series, Subject
 from jaxwalk.config import MLPConfig, OptimConfig, TextData, TrainConfig, WorldData
+from jaxwalk.evidence.laws import observe
 from jaxwalk.evidence.statistics import crossed_means
 
 CLAIM = "C6: attention adds an association bias to the composition of context vectors, which may be redundant."
@@ -218,6 +219,14 @@ def finding_of(
     )
 
 
+def path_losses(swept: jw.sweep.Sweep, rows: np.ndarray, world: Any) -> np.ndarray:
+    """The loss of each path under each member, [M, n]; on a world, in expectation over each next token."""
+    if world is None:
+        return jw.sweep.held_out_losses(swept.models, rows)
+    steps = (observe(swept.member(number), world, rows) for number in range(len(swept.seeds)))
+    return np.stack([(each.kl + each.world_entropy).mean(axis=1) for each in steps])
+
+
 def ladder(config: TrainConfig, seeds: int, paths: int) -> list[Finding]:
     """Train all rungs on one data set. The finding, and the ladder inside the attention model of the first seed."""
     data = jw.sweep.held_out(config, paths)
@@ -225,9 +234,9 @@ def ladder(config: TrainConfig, seeds: int, paths: int) -> list[Finding]:
     for name, rung in rungs_of(config).items():
         print(f"{config.name}: {name}, {seeds} seeds", flush=True)
         swept = jw.sweep.train(rung, range(seeds), report=lambda line: print(f"  {line}", flush=True))
-        losses[name] = jw.sweep.held_out_losses(swept.models, data.own)
+        losses[name] = path_losses(swept, data.own, data.world)
         if name in FIXED:
-            choosing[name] = jw.sweep.held_out_losses(swept.models, data.choosing)
+            choosing[name] = path_losses(swept, data.choosing, data.world)
         curves |= {"steps": swept.steps, name: swept.losses}
         facts[name] = {
             "parameters": jw.sweep.count_parameters(rung.model),
@@ -243,8 +252,8 @@ def ladder(config: TrainConfig, seeds: int, paths: int) -> list[Finding]:
     }
     if data.world is not None:
         world = data.world
-        law = jax.jit(jax.vmap(lambda path: world.path_log_prob(path, given=1)))(data.own)
-        references = {"ideal_observer": float(-law.mean() / (data.own.shape[1] - 1)), **references}
+        law = jax.jit(jax.vmap(world.next_log_probs))(data.own[:, :-1])[:, 1:]
+        references = {"ideal_observer": float(jax.scipy.special.entr(np.exp(law)).sum(-1).mean()), **references}
     of = lambda what: {name: fact[what] for name, fact in facts.items()}
     listed = lambda values: ", ".join(f"{name} {value:,.0f}" for name, value in values.items())
     apart = lambda values: max(abs(value / values["attention"] - 1) for value in values.values())
@@ -257,6 +266,11 @@ def ladder(config: TrainConfig, seeds: int, paths: int) -> list[Finding]:
         "positions": "learned position vectors on all rungs; attention has RoPE as well",
         "unigram": f"law of the tokens of the other paths, with 1 added to each count; {data.choosing.size} tokens",
     }
+    if data.world is not None:
+        conventions["loss"] = (
+            "exact, in expectation over the next token: the world's entropy plus KL(world || model) after each prefix, "
+            "mean over prefixes, then paths, then seeds"
+        )
     found = finding_of(losses, choosing, references, conventions, curves)
     subject = Subject(
         model=attention.member(0),
