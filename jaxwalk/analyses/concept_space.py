@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from jaxwalk.analyses._concepts import Known, known_concepts
 from jaxwalk.analyses._word_vectors import (
@@ -222,12 +222,12 @@ class Scores(NamedTuple):
     Attributes:
         near: the nearness of words.
         words: [W, 4], the MEASURES of each word.
-        analogies: [Q, 2], whether each is solved, and without the offset.
+        analogies: [Q, 2], 1 where it is solved, and where it is without the offset.
     """
 
     near: Nearness
     words: Float[np.ndarray, "W 4"]
-    analogies: Bool[np.ndarray, "Q 2"]
+    analogies: Float[np.ndarray, "Q 2"]
 
 
 def _scores(X: Float[np.ndarray, "V D"], U: Float[np.ndarray, "V D"], choice: Choice) -> dict[str, Scores]:
@@ -235,7 +235,7 @@ def _scores(X: Float[np.ndarray, "V D"], U: Float[np.ndarray, "V D"], choice: Ch
     known, scored = choice.known, {}
     for name, arrangement in arrangements(X, U, choice.components, choice.ridge).items():
         near = Nearness.of(arrangement(X[known.tokens].astype(np.float64)), choice.k)
-        solved = solve(known.analogies, X, arrangement) if len(known.analogies) else np.zeros((0, 2), bool)
+        solved = solve(known.analogies, X, arrangement).astype(float) if len(known.analogies) else np.zeros((0, 2))
         scored[name] = Scores(near, word_scores(near, known.labels), solved)
     return scored
 

@@ -74,7 +74,7 @@ def analyse(subject: Subject, *, paths: int = 256, positions: int = 15) -> Findi
     n, T = tokens.shape
     first, last = min(1, T - 2), T - 2  # the token after the last position is not known
     count = max(1, min(positions, LOG_PROBS // (V * n), last - first + 1))
-    at = np.unique(np.linspace(first, last, count).round().astype(int))
+    at = np.unique(np.linspace(first, last, count).round().astype(np.int32))
 
     context, log_p = measure(contexts, model, tokens, shared=(at,))
     U, unigram, following = _centred(model), _unigram(subject), tokens[:, at + 1]
