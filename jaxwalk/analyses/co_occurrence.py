@@ -9,10 +9,11 @@ Nearness of two token vectors knows no order, and so can tell only of the part o
 
 Nulls: vectors permuted over tokens (Mantel 1967: pairs share tokens and are not independent, so that tokens are
 permuted and not pairs); permuted among tokens of like frequency; the log of the product of frequencies as the only
-predictor, since pairs that occur at least so often have a PMI that falls with it; the untrained model.
+predictor, since pairs that occur at least so often have a PMI that falls with it; the untrained model. For the same
+reason tokens are the units of resampling: intervals are of the jackknife that leaves out one token and all its pairs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,18 +21,22 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from jaxwalk.config import ConfigError
+from jaxwalk.evidence.decision import Contrast, Quantity, numbers, untestable
 from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.evidence.statistics import permutation_p, permute_within, quantile_groups
+from jaxwalk.evidence.statistics import permute_within, quantile_groups
 from jaxwalk.evidence.subject import Subject
 
-BLOCKS = 64
-"""Of paths, each of which is left out once for the intervals."""
+FEWEST_PATHS = 64
 GROUPS = 10
-"""Of tokens of like frequency."""
+"""The most groups of tokens of like frequency."""
 FEWEST_TOKENS, FEWEST_PAIRS = 5, 10
-DRAWN = 600
-"""Pairs that the figure shows."""
-KINDS = ("spearman", "pearson")
+FEWEST_TO_DECIDE = 16
+"""Tokens: with fewer, the correlation of a random arrangement is often as large as that of a trained one."""
+SMALLEST_CORRELATION = 0.1
+"""A smaller rank correlation explains less than 1% of the variance of ranks."""
+SHOWN = 600
+"""The number of pairs that the figure shows."""
+KINDS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {"spearman": stats.rankdata, "pearson": np.asarray}
 LABELS = {
     "centred_cosine": "centred cosine",
     "cosine": "cosine",
@@ -39,11 +44,11 @@ LABELS = {
     "distance": "minus distance",
     "input_output": "token · output",
 }
-BARS = {
-    "": "this model",
+NULLS = {
     "untrained": "untrained model",
     "permuted": "vectors permuted over tokens",
     "frequency_matched": "vectors permuted among tokens of like frequency",
+    "frequency": "log frequency product",
 }
 
 
@@ -56,158 +61,141 @@ def analyse(
     pairs: int = 1 << 13,
     most: int = 1 << 12,
     smoothing: float = 1.0,
-    permutations: int = 199,
+    permutations: int = 99,
 ) -> Finding:
     """How well the nearness of token vectors orders pairs of tokens by how much they co-occur.
 
-    window: the largest distance, in tokens, of a pair; pairs at distance 1 are measured apart, too. tokens: how many
-    are counted at most. least: occurrences that make a pair. pairs, most: the most pairs, and the most tokens they
-    are made of, that are measured, the most frequent ones. smoothing: added to the occurrences of a pair and to
-    those expected, so that PMI of rare pairs is near 0. Raises ConfigError for options out of range.
+    Args:
+        subject: the model and its data.
+        window: the largest distance, in tokens, of a pair. Pairs at distance 1 are measured apart, too.
+        tokens: how many are counted at most.
+        least: the fewest occurrences of a pair.
+        pairs: the most pairs, the most frequent ones.
+        most: the most tokens that they are made of, the most frequent ones.
+        smoothing: added to the occurrences of a pair and to those expected, so that PMI of rare pairs is near 0.
+        permutations: the number of each kind, whose correlations are averaged.
+
+    Raises:
+        ConfigError: for options out of range.
     """
-    V = subject.model.vocab_size
-    for option, value in {"window": window, "least": least}.items():
-        if value < 1:
-            raise ConfigError(f"{option}: expected at least 1, got {value}.")
-    if smoothing <= 0:
-        raise ConfigError(
-            f"smoothing: expected more than 0, got {smoothing}: pairs that occur in one path have no log."
-        )
-    if subject.world is None and subject.store is None:
-        raise NotApplicable(f"it needs paths in which tokens co-occur: {subject.no_data}")
-    T = subject.length
-    if T < 2:
-        raise NotApplicable("paths have one token, and no pairs")
-    if V < FEWEST_TOKENS:
-        raise NotApplicable(f"with {V} tokens there are too few ways of giving vectors to them to compare with")
+    _check(subject, {"window": window, "least": least, "permutations": permutations}, smoothing)
+    T, V = subject.length, subject.model.vocab_size
     window = min(window, T - 1)
     rows, segments = _paths(subject, tokens, T)
     select = {"least": least, "pairs": pairs, "most": most}
-    seen = {"": _correlate(subject, count_pairs(rows, segments, V, window=window, **select), smoothing, permutations)}
+    main = _correlate(subject, count_pairs(rows, segments, V, window=window, **select), smoothing, permutations)
+    runs = {"": main}
     if window > 1:
         try:
             adjacent = count_pairs(rows, segments, V, window=1, **select)
-            seen["_adjacent"] = _correlate(subject, adjacent, smoothing, permutations)
+            runs["_adjacent"] = _correlate(subject, adjacent, smoothing, permutations, "_adjacent")
         except NotApplicable:  # fewer occur so near to each other
             pass
-    main = seen[""]
-    names, K = main.names, len(main.pmi)
-
-    measured: dict[str, float] = {}
-    interval: dict[str, tuple[float, float]] = {}
-    null: dict[str, float] = {}
-    arrays: dict[str, np.ndarray] = {"predictor": np.array([LABELS[name] for name in names])}
-    for suffix, one in seen.items():
-        for c, kind in enumerate(KINDS):
-            for n, name in enumerate(names):
-                key = f"{kind}_{name}{suffix}"
-                measured[key] = float(one.table[""][n, c])
-                interval[key] = (float(one.table["low"][n, c]), float(one.table["high"][n, c]))
-                every = not suffix and c == 0
-                for column in one.table:
-                    if column not in ("", "low", "high") and (every or column in ("permuted_p", "untrained")):
-                        null[f"{key}.{column}"] = float(one.table[column][n, c])
-                null[f"{key}.frequency"] = float(one.frequency[c])
-        arrays |= {f"correlation{suffix}{'_' if column else ''}{column}": v for column, v in one.table.items()}
-        arrays |= {f"pairs{suffix}": one.counts.pairs, f"pmi{suffix}": one.pmi}
-        arrays[f"times{suffix}"] = one.counts.joint.sum(0)
-
-    few = np.random.default_rng(subject.seed).permutation(K)[:DRAWN]
-    arrays["shown_near"], arrays["shown_pmi"] = main.near[few], main.pmi[few]
-    arrays["shown_text"] = np.array([" ".join(subject.symbol(int(v)) for v in p) for p in main.counts.pairs[few]])
-    series = []
-    for column, label in BARS.items():
-        if column in main.table:
-            y = f"spearman{'_' if column else ''}{column}"
-            arrays[y] = main.table[column][:, 0]
-            series.append(Series(label, y, "predictor", style="bars", dashed=True))
-    arrays["spearman_low"], arrays["spearman_high"] = main.table["low"][:, 0], main.table["high"][:, 0]
-    series[0] = Series("this model", "spearman", "predictor", style="bars", low="spearman_low", high="spearman_high")
-    key = f"spearman_{names[0]}"
-    figures = (
-        Figure(
-            "correlation",
-            f"How well the nearness of two token vectors orders pairs by their PMI within {window} tokens",
-            "nearness",
-            "Spearman correlation with PMI",
-            tuple(series),
-            references={"log frequency product": null[f"{key}.frequency"]},
-        ),
-        Figure(
-            "pairs",
-            f"Nearness of the vectors of two tokens against how much they co-occur, in {len(few)} pairs",
-            LABELS[names[0]],
-            "PMI, nats",
-            (Series("pairs", "shown_pmi", "shown_near", style="points", text="shown_text"),),
-        ),
+    arrays, figures = _figures(subject, main, window)
+    for suffix, run in runs.items():
+        arrays |= {f"pairs{suffix}": run.counts.pairs, f"pmi{suffix}": run.pmi, f"times{suffix}": run.counts.joint}
+    conventions = _conventions(subject, main, smoothing, window, least)
+    source = "paths of the world" if subject.world is not None else "windows of the validation split, in a row"
+    return Finding(
+        name="co_occurrence",
+        claim="C5: proximity of token vectors to each other gives the co-occurrence of tokens.",
+        **numbers([quantity for run in runs.values() for quantity in run.quantities.values()]),
+        conventions=conventions | {"counted": f"{int((segments > 0).sum())} tokens in {len(rows)} {source}"},
+        arrays=arrays,
+        figures=figures,
+        primary=_primary(main),
     )
-    conventions: dict[str, Any] = {
+
+
+def _check(subject: Subject, counts: Mapping[str, int], smoothing: float) -> None:
+    """Raises ConfigError for options out of range, and NotApplicable where there are no pairs."""
+    for option, value in counts.items():
+        if value < 1:
+            raise ConfigError(f"{option}: expected at least 1, got {value}.")
+    if smoothing <= 0:
+        raise ConfigError(f"smoothing: expected more than 0, got {smoothing}: pairs that never occur have no log.")
+    if subject.world is None and subject.store is None:
+        raise NotApplicable(f"it needs paths in which tokens co-occur: {subject.no_data}")
+    if subject.length < 2:
+        raise NotApplicable("paths have one token, and no pairs")
+    if subject.model.vocab_size < FEWEST_TOKENS:
+        raise NotApplicable(
+            f"with {subject.model.vocab_size} tokens there are too few ways of giving vectors to them to compare with"
+        )
+
+
+def _primary(main: "Correlations") -> tuple[Contrast, ...]:
+    """Nearness against arrangements that mean nothing, and against the untrained one."""
+    quantity = main.quantities["spearman_centred_cosine"]
+    statement = "tokens whose vectors are near co-occur more"
+    m = len(np.unique(main.counts.pairs))
+    if m < FEWEST_TO_DECIDE:
+        reason = (
+            f"{m} tokens occur in pairs, and {FEWEST_TO_DECIDE} are needed to tell an arrangement from a random one"
+        )
+        return (untestable("C5", statement, quantity.name, reason),)
+    permuted = max(("permuted", "frequency_matched"), key=quantity.references.__getitem__)
+    return tuple(
+        quantity.contrast(null, "C5", statement, at_least=SMALLEST_CORRELATION, label=NULLS[null])
+        for null in (permuted, "untrained")
+        if null in quantity.nulls
+    )
+
+
+def _figures(subject: Subject, main: "Correlations", window: int) -> tuple[dict[str, np.ndarray], tuple[Figure, ...]]:
+    names, few = main.names, np.random.default_rng(subject.seed).permutation(len(main.pmi))[:SHOWN]
+    bars = [main.quantities[f"spearman_{name}"] for name in names]
+    ends = np.array([bar.interval or (bar.value, bar.value) for bar in bars])
+    arrays = {
+        "predictor": np.array([LABELS[name] for name in names]),
+        "spearman": np.array([bar.value for bar in bars]),
+        "spearman_low": ends[:, 0],
+        "spearman_high": ends[:, 1],
+        "draws": main.draws,
+        "shown_near": main.near[few],
+        "shown_pmi": main.pmi[few],
+        "shown_text": np.array([" ".join(subject.symbol(int(v)) for v in p) for p in main.counts.pairs[few]]),
+    }
+    series = [Series("this model", "spearman", "predictor", "bars", "spearman_low", "spearman_high")]
+    for null in [null for null in NULLS if null in bars[0].nulls]:
+        arrays[f"spearman_{null}"] = np.array([bar.references[null] for bar in bars])
+        series.append(Series(NULLS[null], f"spearman_{null}", "predictor", "bars", dashed=True))
+    title = f"How well the nearness of two token vectors orders pairs by their PMI within {window} tokens"
+    correlation = Figure("correlation", title, "nearness", "Spearman correlation with PMI", tuple(series))
+    title = f"Nearness of the vectors of two tokens against how much they co-occur, in {len(few)} pairs"
+    points = Series("pairs", "shown_pmi", "shown_near", style="points", text="shown_text")
+    return arrays, (correlation, Figure("pairs", title, LABELS[names[0]], "PMI, nats", (points,)))
+
+
+def _conventions(subject: Subject, main: "Correlations", smoothing: float, window: int, least: int) -> dict[str, Any]:
+    (low, low_matched), (high, high_matched) = np.quantile(main.draws, [0.025, 0.975], axis=1)
+    return {
         "pmi": (
             f"log((n_ab + s) / (n_a n_b / N + s)) in nats, s = {smoothing:g}: of a at one place and b at most {window} "
-            "tokens later, in one document"
+            "tokens later, in one document; names that end in _adjacent: b directly after a, if enough pairs are"
         ),
-        "adjacent": "names that end in _adjacent: b directly after a"
-        if "_adjacent" in seen or window == 1
-        else "not measured apart: too few pairs occur so near to each other",
         "pairs": (
-            f"{K} ordered pairs of {len(np.unique(main.counts.pairs))} tokens: those that occur {least} times or more, "
-            f"at most {pairs}, of the {min(most, V)} most frequent tokens; a token with itself is none. Which pairs "
-            "occur often enough depends on their PMI, and the more so the rarer their tokens: hold the numbers against "
-            "`frequency` and `frequency_matched`"
+            f"{len(main.pmi)} ordered pairs of {len(np.unique(main.counts.pairs))} different tokens: the most frequent "
+            f"ones that occur {least} times or more. Which do depends on PMI, and more so for rare tokens"
         ),
-        "counted": f"{int((segments > 0).sum())} tokens in {len(rows)} "
-        + ("paths of the world" if subject.world is not None else "windows of the validation split, in a row"),
-        "centred_cosine": "of token vectors minus the mean of all of them",
-        "distance": "minus the Euclidean distance of e_a and e_b",
         "input_output": "e_a . u_b, U centred over the vocabulary"
-        if "input_output" in names
+        if "input_output" in main.names
         else "not measured: the output vectors are the token vectors",
-        "order": "nearness of token vectors is that of (b, a), too, and PMI is not; input_output knows the order",
-        "permuted": f"vectors permuted over tokens (Mantel): mean of {permutations}, and one-sided p-value, add-one",
-        "frequency_matched": f"the same within {main.groups} groups of tokens of like frequency in these paths",
+        "permuted, frequency_matched": (
+            f"means of {main.draws.shape[1]} permutations; 95% of them give centred cosine {low:.3f} to {high:.3f}, "
+            f"and within {main.groups} groups of like frequency {low_matched:.3f} to {high_matched:.3f}"
+        ),
         "frequency": "log f_a + log f_b as the only predictor",
         "untrained": "its own vectors, the same pairs"
         if subject.untrained is not None
         else "not available: this model has no step 0",
-        "other_nulls": "the nulls of all but the first numbers that are not here are in the arrays correlation_*",
-        "nulls": "of the measured number before the dot",
-        "intervals": (
-            f"95%, by leaving out each of {len(main.counts.joint)} blocks of paths once (jackknife): a bootstrap would "
-            "add noise to the PMI of every pair, and so move every correlation to 0. Pairs and tokens are held as they "
-            "are: it is the permutations that say what other vectors would do"
-        ),
+        "intervals": "95%, jackknife over tokens: each is left out with all its pairs, ranks held",
     }
-    low, high = interval[key]
-    beside = f", untrained {null[f'{key}.untrained']:.3f}" if f"{key}.untrained" in null else ""
-    said = ""
-    if null[f"{key}.permuted_p"] > 0.95:
-        said = " Tokens whose vectors are near co-occur less than permuted ones do: the opposite of the claim."
-    elif null[f"{key}.permuted_p"] > 0.05:
-        said = " Permuted tokens do as well: this is no evidence."
-    elif null[f"{key}.frequency_matched_p"] > 0.05:
-        said = " Tokens of like frequency do as well: this is no evidence."
-    return Finding(
-        name="co_occurrence",
-        claim="C5: proximity of token vectors to each other gives the co-occurrence of tokens.",
-        measured=measured,
-        interval=interval,
-        null=null,
-        conventions=conventions,
-        arrays=arrays,
-        figures=figures,
-        verdict=(
-            f"Over {K} pairs of tokens, {LABELS[names[0]]} has the rank correlation {measured[key]:.3f} [{low:.3f}, "
-            f"{high:.3f}] with PMI within {window} tokens (permuted tokens {null[f'{key}.permuted']:.3f}, "
-            f"p = {null[f'{key}.permuted_p']:.3g}; of like frequency {null[f'{key}.frequency_matched']:.3f}, "
-            f"p = {null[f'{key}.frequency_matched_p']:.3g}; log-frequency alone {null[f'{key}.frequency']:.3f}"
-            f"{beside}).{said}"
-        ),
-    )
 
 
 def _paths(subject: Subject, tokens: int, T: int) -> tuple[Int[np.ndarray, "n T"], Int[np.ndarray, "n T"]]:
     """About as many tokens, in paths of T, and their segments: no token of a text is in two."""
-    n = max(BLOCKS, tokens // T)
+    n = max(FEWEST_PATHS, tokens // T)
     if subject.world is not None:
         rows = np.asarray(subject.paths(n, T))
         return rows, np.ones_like(rows)
@@ -218,24 +206,36 @@ def _paths(subject: Subject, tokens: int, T: int) -> tuple[Int[np.ndarray, "n T"
     return rows[real], segments[real]
 
 
-class Seen(NamedTuple):
-    """What pairs within one window show.
+class Correlations(NamedTuple):
+    """The correlations over the pairs within one window.
 
-    pmi, near: [K], of the pairs, near by the first of names. names: of the predictors. table: [predictors, KINDS] of
-    correlations ("" the model's, "low", "high", and those of the nulls with their p-values). frequency: [KINDS], of
-    the log of the product of frequencies. groups: how many groups of tokens are of like frequency.
+    Attributes:
+        counts: the pairs.
+        pmi: [K].
+        near: [K], the first kind of nearness.
+        quantities: by name, such as "spearman_dot"; tokens are their units.
+        draws: [2, permutations], the Spearman correlations of the first kind with vectors permuted over tokens, and
+            over those of like frequency.
+        groups: the number of groups of tokens of like frequency.
     """
 
     counts: "Counts"
     pmi: Float[np.ndarray, " K"]
     near: Float[np.ndarray, " K"]
-    names: list[str]
-    table: dict[str, np.ndarray]
-    frequency: Float[np.ndarray, " kinds"]
+    quantities: dict[str, Quantity]
+    draws: Float[np.ndarray, "2 permutations"]
     groups: int
 
+    @property
+    def names(self) -> list[str]:
+        """The kinds of nearness, of pairs in the whole window."""
+        return [name for name in LABELS if f"spearman_{name}" in self.quantities]
 
-def _correlate(subject: Subject, counts: "Counts", smoothing: float, permutations: int) -> Seen:
+
+def _correlate(
+    subject: Subject, counts: "Counts", smoothing: float, permutations: int, suffix: str = ""
+) -> Correlations:
+    """The correlations. Vectors are permuted where there is no suffix, for Spearman's."""
     used, rng = np.unique(counts.pairs), np.random.default_rng(subject.seed)
     if len(used) < FEWEST_TOKENS or len(counts.pairs) < FEWEST_PAIRS:
         raise NotApplicable(
@@ -243,64 +243,57 @@ def _correlate(subject: Subject, counts: "Counts", smoothing: float, permutation
             f"{len(counts.pairs)} of {len(used)}. Count more tokens, or lower `least`."
         )
     a, b = np.searchsorted(used, counts.pairs).T
-    whole, without = counts.pmi(smoothing)
-    goals = [Goal.of(values) for values in (whole, *without)]
-    frequency = counts.frequency[used]
-    groups = {"permuted": np.zeros(len(used), int)}
-    groups["frequency_matched"] = quantile_groups(frequency, max(1, min(GROUPS, len(used) // 4)))
-    orders = {name: [permute_within(g, rng) for _ in range(permutations)] for name, g in groups.items()}
-    similarity = similarities(subject.model, used)
+    pmi, frequency = counts.pmi(smoothing), counts.frequency[used]
+    groups = quantile_groups(frequency, max(1, min(GROUPS, len(used) // 4)))
+    orders = [[permute_within(g, rng) for _ in range(permutations)] for g in (np.zeros(len(used), int), groups)]
+    near = similarities(subject.model, used)
     untrained = None if subject.untrained is None else similarities(subject.untrained, used)
-    names = [name for name in LABELS if name in similarity]
-    found: dict[str, list[np.ndarray]] = {}
-    nearest = similarity[names[0]]()[a, b]
-    for name in names:
-        near = similarity[name]()
-        if not np.isfinite(near).all():
+    quantities, draws, first = {}, [], np.zeros(0)
+    for name, similarity in near.items():
+        matrix = similarity()
+        if not np.isfinite(matrix).all():
             raise NotApplicable("token vectors: expected finite numbers, got NaN. Analyse an earlier step.")
-        values = correlations(near[a, b], goals)
-        low, high = jackknife_interval(values[0], values[1:])
-        columns = {"": values[0], "low": low.clip(-1), "high": high.clip(max=1)}
-        if untrained is not None:
-            columns["untrained"] = correlations(untrained[name]()[a, b], goals[:1])[0]
-        for null, permuted in orders.items():
-            draws = np.stack([correlations(near[order[a], order[b]], goals[:1])[0] for order in permuted])
-            columns[null], columns[f"{null}_p"] = draws.mean(0), permutation_p(values[0], draws)
-        for column, pair in columns.items():
-            found.setdefault(column, []).append(pair)
-    table = {column: np.stack(parts) for column, parts in found.items()}
-    alone = correlations(np.log(frequency[a]) + np.log(frequency[b]), goals[:1])[0]
-    return Seen(counts, whole, nearest, names, table, alone, int(groups["frequency_matched"].max()) + 1)
+        first = first if len(first) else matrix[a, b]
+        predictors = {"": matrix[a, b]} | ({} if untrained is None else {"untrained": untrained[name]()[a, b]})
+        predictors["frequency"] = np.log(frequency[a]) + np.log(frequency[b])
+        for kind, scale in KINDS.items():
+            goal, key = scale(pmi), f"{kind}_{name}{suffix}"
+            nulls: dict[str, Any] = {null: token_values(scale(x), goal, a, b) for null, x in predictors.items()}
+            values = nulls.pop("")
+            if kind == "spearman" and not suffix:
+                drawn = [[correlation(scale(matrix[o[a], o[b]]), goal) for o in each] for each in orders]
+                nulls |= dict(zip(("permuted", "frequency_matched"), np.mean(drawn, axis=1), strict=True))
+                draws.append(drawn)
+            quantities[key] = Quantity(key, values, nulls, "correlation")
+    drawn_first = np.array(draws[0] if draws else np.zeros((2, 0)))
+    return Correlations(counts, pmi, first, quantities, drawn_first, int(groups.max()) + 1)
 
 
 # Counts.
 
 
 class Counts(NamedTuple):
-    """Of K pairs of tokens, in G blocks of paths, how often each occurs: what PMI is made of.
+    """How often K pairs of tokens occur, which PMI is made of.
 
-    pairs: [K, 2], a and b. joint, first, second: [G, K], pairs (a, b), pairs (a, anything), pairs (anything, b).
-    total: [G], all pairs. frequency: [V], tokens.
+    Attributes:
+        pairs: [K, 2], a and b.
+        joint: [K], pairs (a, b).
+        first: [K], pairs (a, anything).
+        second: [K], pairs (anything, b).
+        total: all pairs.
+        frequency: [V], tokens.
     """
 
     pairs: Int[np.ndarray, "K 2"]
-    joint: Float[np.ndarray, "G K"]
-    first: Float[np.ndarray, "G K"]
-    second: Float[np.ndarray, "G K"]
-    total: Float[np.ndarray, " G"]
+    joint: Float[np.ndarray, " K"]
+    first: Float[np.ndarray, " K"]
+    second: Float[np.ndarray, " K"]
+    total: float
     frequency: Int[np.ndarray, " V"]
 
-    def pmi(self, smoothing: float) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "G K"]]:
-        """PMI of every pair in nats, by all blocks, and by all but each one.
-
-        log((n_ab + s) / (n_a n_b / N + s)): how much more often it occurs than if a and b were independent.
-        """
-        sums = [(a.sum(0), a.sum(0) - a) for a in (self.joint, self.first, self.second, self.total[:, None])]
-        whole, without = (
-            np.log((joint + smoothing) / (first * second / total + smoothing))
-            for joint, first, second, total in zip(*sums, strict=True)
-        )
-        return whole, without
+    def pmi(self, smoothing: float) -> Float[np.ndarray, " K"]:
+        """log((n_ab + s) / (n_a n_b / N + s)), in nats: how much more often a pair occurs than if independent."""
+        return np.log((self.joint + smoothing) / (self.first * self.second / self.total + smoothing))
 
 
 def count_pairs(
@@ -315,48 +308,26 @@ def count_pairs(
 ) -> Counts:
     """Pairs (a, b), b at most `window` tokens after a in the same segment, of the `most` most frequent tokens.
 
-    Kept are those of two different tokens that occur `least` times, at most `pairs` of them, the most frequent. Only
-    pairs that occur are ever held.
+    Of those of two different tokens that occur `least` times, the `pairs` most frequent are returned.
     """
     frequency = np.bincount(tokens[segments > 0], minlength=V)
     M = min(most, V)
     chosen = np.sort(np.argsort(-frequency, kind="stable")[:M])
     ids = np.full(V, M)  # M is all others
     ids[chosen] = np.arange(M)
-    blocks = np.array_split(np.arange(len(tokens)), min(BLOCKS, len(tokens)))
-    sides = np.zeros((2, len(blocks), M + 1))
-    found = []
-    for g, block in enumerate(blocks):
-        a, b = _pairs_in(ids[tokens[block]], segments[block], window)
-        for side, token in zip(sides, (a, b), strict=True):
-            side[g] = np.bincount(token, minlength=M + 1)
-        kept = (a < M) & (b < M) & (a != b)
-        found.append(np.unique(a[kept].astype(np.int64) * M + b[kept], return_counts=True))
-    codes, index = np.unique(np.concatenate([c for c, _ in found]), return_inverse=True)
-    times = np.bincount(index, np.concatenate([n for _, n in found]), minlength=len(codes))
-    order = np.argsort(-times, kind="stable")[: min(pairs, int((times >= least).sum()))]
-    codes = np.sort(codes[order])
-    joint = np.zeros((len(blocks), len(codes)))
-    for g, (seen, n) in enumerate(found):
-        place = np.searchsorted(codes, seen)
-        there = place < len(codes)
-        there[there] = codes[place[there]] == seen[there]
-        joint[g, place[there]] = n[there]
-    a, b = np.divmod(codes, M)
-    return Counts(
-        np.stack([chosen[a], chosen[b]], axis=1), joint, sides[0][:, a], sides[1][:, b], sides[0].sum(1), frequency
-    )
-
-
-def _pairs_in(
-    tokens: Int[np.ndarray, "n T"], segments: Int[np.ndarray, "n T"], window: int
-) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-    firsts, seconds = [], []
+    sides, found = np.zeros((2, M + 1)), []
     for d in range(1, min(window, tokens.shape[1] - 1) + 1):
         inside = (segments[:, :-d] == segments[:, d:]) & (segments[:, d:] > 0)
-        firsts.append(tokens[:, :-d][inside])
-        seconds.append(tokens[:, d:][inside])
-    return np.concatenate(firsts), np.concatenate(seconds)
+        a, b = ids[tokens[:, :-d][inside]], ids[tokens[:, d:][inside]]
+        sides += [np.bincount(a, minlength=M + 1), np.bincount(b, minlength=M + 1)]
+        both = (a < M) & (b < M) & (a != b)
+        found.append(np.unique(a[both].astype(np.int64) * M + b[both], return_counts=True))
+    codes, index = np.unique(np.concatenate([c for c, _ in found]), return_inverse=True)
+    times = np.bincount(index, np.concatenate([n for _, n in found]), minlength=len(codes))
+    kept = np.sort(np.argsort(-times, kind="stable")[: min(pairs, int((times >= least).sum()))])
+    a, b = np.divmod(codes[kept], M)
+    ends = np.stack([chosen[a], chosen[b]], axis=1)
+    return Counts(ends, times[kept], sides[0][a], sides[1][b], float(sides[0].sum()), frequency)
 
 
 # Nearness of tokens, and its correlation with PMI.
@@ -389,36 +360,36 @@ def similarities(model: Any, tokens: Int[np.ndarray, " m"]) -> dict[str, Callabl
     return found
 
 
-class Goal(NamedTuple):
-    """What nearness is correlated with, as ranks and as it is: [K] each, of mean 0 and length 1."""
-
-    ranks: Float[np.ndarray, " K"]
-    values: Float[np.ndarray, " K"]
-
-    @classmethod
-    def of(cls, values: Float[np.ndarray, " K"]) -> "Goal":
-        """The goal with these values."""
-        return cls(_unit(stats.rankdata(values)), _unit(values))
+def correlation(x: Float[np.ndarray, " K"], y: Float[np.ndarray, " K"]) -> float:
+    """Pearson's correlation; 0 where one of the two is constant."""
+    return float(_correlation(np.array([len(x), *_sums(x, y).sum(axis=1)])))
 
 
-def correlations(x: Float[np.ndarray, " K"], goals: list[Goal]) -> Float[np.ndarray, "goals 2"]:
-    """Spearman and Pearson correlation of x with each goal; 0 where one of the two is constant."""
-    ranks, values = _unit(stats.rankdata(x)), _unit(x)
-    return np.array([[ranks @ goal.ranks, values @ goal.values] for goal in goals])
+def token_values(
+    x: Float[np.ndarray, " K"], y: Float[np.ndarray, " K"], a: Int[np.ndarray, " K"], b: Int[np.ndarray, " K"]
+) -> Float[np.ndarray, " m"]:
+    """A value for each token, whose mean is the correlation of x and y over pairs (a, b), and whose spread its error.
 
-
-def _unit(x: np.ndarray) -> Float[np.ndarray, " K"]:
-    x = x.astype(np.float64) - x.mean(dtype=np.float64)
-    norm = np.linalg.norm(x)
-    return x / norm if norm > 0 else x
-
-
-def jackknife_interval(whole: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95% interval of a smooth statistic from its values with each of G blocks left out, the first axis: low, high.
-
-    whole -+ t sqrt((G - 1) / G sum (without - mean)^2), t of G - 1 degrees of freedom.
+    They are the jackknife's pseudo-values for leaving out one token with all its pairs, moved so that their mean is the
+    correlation.
     """
-    G = len(without)
-    error = np.sqrt((G - 1) / G * ((without - without.mean(0)) ** 2).sum(0))
-    t = stats.t.ppf(0.975, G - 1)
-    return whole - t * error, whole + t * error
+    m = int(max(a.max(), b.max())) + 1
+    sums = np.stack([np.ones(len(x)), *_sums(x, y)])
+    of_token = np.stack([np.bincount(a, s, m) + np.bincount(b, s, m) for s in sums])
+    whole = _correlation(sums.sum(axis=1))
+    pseudo = m * whole - (m - 1) * _correlation(sums.sum(axis=1)[:, None] - of_token)
+    return pseudo - pseudo.mean() + whole
+
+
+def _sums(x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "5 K"]:
+    """x, y, x^2, y^2 and xy, of x and y without their means."""
+    x, y = (z.astype(np.float64) - z.mean(dtype=np.float64) for z in (x, y))
+    return np.stack([x, y, x * x, y * y, x * y])
+
+
+def _correlation(sums: Float[np.ndarray, "6 ..."]) -> Float[np.ndarray, "..."]:
+    """The correlation, from the number of pairs and the five sums."""
+    n, x, y, xx, yy, xy = sums
+    n = np.maximum(n, 1)
+    scale = np.sqrt(np.maximum(xx - x * x / n, 0) * np.maximum(yy - y * y / n, 0))
+    return np.divide(xy - x * y / n, scale, out=np.zeros_like(scale), where=scale > 1e-12 * n)

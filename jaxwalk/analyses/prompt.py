@@ -7,7 +7,8 @@ exact numbers of the world, where there is one, those of the untrained model, an
 
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxwalk.evidence.decision import Quantity, numbers
+from jaxwalk.evidence.engine import PRECISION
 from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
 from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import Transformer
@@ -34,6 +37,16 @@ from jaxwalk.paths import (
 from jaxwalk.probes import context_sensitivity, context_vjp
 
 CLAIM = "C1, C3: behaviours are paths that the model random-walks; a prompt says where the walk stands, and narrows it."
+LABELS = {"model": "model", "world": "world, exact", "untrained": "untrained model"}
+CONVENTIONS = {
+    "units": "nats; top_paths_mass is a probability; sensitivities are ratios of lengths",
+    "prompt_log_prob": "log P(prompt | its first token)",
+    "next_kl": "KL(world || model) of the next token",
+    "tree": "arrays tree_*: the prefixes of the most probable paths, each with the mass of those that begin so",
+}
+SENSITIVITY = (
+    "Frobenius norm of d context / d token vector, row: context, column: token; local, and no share of anything"
+)
 SENSITIVITY_BUDGET = 4e11
 """Floating-point operations up to which the whole matrix of sensitivities is computed, not its last row only."""
 
@@ -41,88 +54,76 @@ SENSITIVITY_BUDGET = 4e11
 def analyse(
     subject: Subject, *, steps: int = 6, k: int = 10, samples: int = 8, shown: int = 20, budget: int | None = None
 ) -> Finding:
-    """What follows the subject's prompt, and how the context vectors depend on it.
+    """What follows the subject's prompt, and how the context vectors depend on it. It describes, and decides nothing.
 
-    steps: length of the paths that follow it, less where the model cannot walk so far. k: how many of the most
-    probable paths, and `budget` how many prefixes are expanded in their search, at most. samples, shown: how many
-    sampled paths, and how many of the most probable next tokens, are shown.
+    Args:
+        subject: the model and its prompt.
+        steps: the length of the paths that follow it, less where the model cannot walk so far.
+        k: how many of the most probable paths.
+        samples: how many sampled paths.
+        shown: how many of the most probable next tokens.
+        budget: how many prefixes are expanded at most in the search for the most probable paths.
     """
-    model, world = subject.model, subject.world
-    if subject.prompt is None:
-        raise NotApplicable("no prompt was given: pass one with --prompt")
-    try:
-        prompt = np.asarray(check_tokens(model, np.asarray(subject.prompt)))
-    except ValueError as wrong:
-        raise NotApplicable(f"the prompt is no path of this model: {wrong}") from wrong
-    if world is not None and world.vocab_size != model.vocab_size:
-        world = None
-    V, P = model.vocab_size, len(prompt)
-    steps = min(steps, model.max_length + 1 - P)
+    model, prompt = subject.model, _prompt(subject)
+    steps = min(steps, model.max_length + 1 - len(prompt))
     key = jax.random.key(subject.seed)
-
-    laws = {"model": _law(model, prompt, key, steps)}
-    if subject.untrained is not None:
-        laws["untrained"] = _law(subject.untrained, prompt, key, steps)
-    best, sampled = _paths(model, prompt, key, steps, k, samples, budget)
-    notes = {}
-    if world is not None:
-        exact = _world_law(world, prompt, steps)
-        if np.isfinite(exact[0]).any():
-            laws["world"] = exact
-        else:
-            notes["world"] = "the world forbids this prompt: it has no law after it"
-
-    measured: dict[str, float] = {}
-    interval: dict[str, tuple[float, float]] = {}
-    null: dict[str, float] = {}
-    after = {name: np.asarray(law, np.float64) for name, (law, _, _) in laws.items()}
-    for name, (_, scored, entropy) in laws.items():
-        next_entropy = -np.sum(np.exp(after[name]) * np.where(np.isneginf(after[name]), 0, after[name]))
-        numbers = {"path_entropy": entropy.value, "next_entropy": next_entropy}
-        if P > 1:
-            numbers["prompt_log_prob"] = scored
-        for what, value in numbers.items():
-            if np.isnan(value):
-                continue
-            if name == "model":
-                measured[what] = float(value)
-            else:
-                null[name if what == "path_entropy" else f"{what}.{name}"] = float(value)
-    error = 1.96 * float(laws["model"][2].standard_error)
+    with jax.default_matmul_precision(PRECISION):
+        laws, notes = _laws(subject, prompt, key, steps)
+        best, sampled = _paths(model, prompt, key, steps, k, samples, budget)
+        sensitivity, whole = _sensitivity(model, prompt)
+    log_probs = np.asarray(best.log_probs, np.float64)
+    log_probs = log_probs[np.isfinite(log_probs)]  # there may be fewer paths than k, or none within the budget
+    certified = int(np.sum(log_probs >= float(best.bound)))
+    found = numbers(_quantities(laws, log_probs, steps, len(prompt)))
+    error = 1.96 * float(laws["model"].entropy.standard_error)
     if error:
-        interval["path_entropy"] = (measured["path_entropy"] - error, measured["path_entropy"] + error)
-    null |= {"uniform": steps * math.log(V), "next_entropy.uniform": math.log(V)}
-    if P > 1:
-        null["prompt_log_prob.uniform"] = -(P - 1) * math.log(V)
-    if "world" in after:
-        likely = ~np.isneginf(after["world"])
-        for name in after.keys() - {"world"}:
-            kl = np.sum(np.exp(after["world"][likely]) * (after["world"] - after[name])[likely])
-            if name == "model":
-                measured["next_kl"] = float(kl)
-            else:
-                null[f"next_kl.{name}"] = float(kl)
-        null["next_kl.exact"] = 0.0
-    returned = np.asarray(best.log_probs, np.float64)
-    top = np.asarray(best.tokens)[np.isfinite(returned)]  # there may be fewer paths than k, or none within the budget
-    returned = returned[np.isfinite(returned)]
-    certified = int(np.sum(returned >= float(best.bound)))
-    if len(top):
-        measured["top_paths_mass"] = float(np.exp(returned).sum())
-        null["top_paths_mass.uniform"] = len(top) / float(V) ** steps
-
-    tree = prefix_tree(best)
-    sensitivity, whole = _sensitivity(model, prompt)
-    order = np.argsort(-after["model"], kind="stable")[:shown]
-    arrays: dict[str, np.ndarray] = {
+        value = found["measured"]["path_entropy"]
+        found["interval"]["path_entropy"] = (value - error, value + error)
+    order = np.argsort(-laws["model"].next, kind="stable")[:shown]
+    places = _labels(subject, prompt, np.arange(len(prompt)))
+    arrays = {
         "prompt": prompt,
-        "prompt_symbols": _labels(subject, prompt, np.arange(P)),
+        "prompt_symbols": places,
         "next_tokens": order,
         "next_symbols": _labels(subject, order),
-        **{f"next_{name}": np.exp(law[order]) for name, law in after.items()},
+        **{f"next_{name}": np.exp(law.next[order]) for name, law in laws.items()},
+        "sensitivity": sensitivity,
+        "sensitivity_rows": places[-len(sensitivity) :],
+        **_path_arrays(subject, best, sampled),
+    }
+    conventions: dict[str, Any] = {
+        **CONVENTIONS,
+        "prompt_tokens": len(prompt),
+        "steps": steps,
+        "path_entropy": f"of the law of the next {steps} tokens, "
+        + ("a Monte Carlo estimate; interval: 1.96 standard errors" if error else "exact by enumeration"),
+        "top_paths": f"{certified} of {len(log_probs)} are certified to be the most probable (at or above bound "
+        f"{float(best.bound):.4g}); the mass of other paths is {float(best.unexplored_mass):.4g}"
+        if len(log_probs)
+        else "none: the law is so flat that the search found no whole path before its budget was spent",
+        "sampled_paths": f"{samples} exact samples of the model's law, no temperature",
+        "sensitivity": SENSITIVITY + ("" if whole else "; last context vector only, as the prompt is long"),
+        **notes,
+    }
+    return Finding(
+        "prompt",
+        CLAIM,
+        **found,
+        conventions=conventions,
+        arrays=arrays,
+        figures=_figures(laws, model.vocab_size),
+        verdict=_sentence(found["measured"], found["null"], steps, len(log_probs), certified),
+    )
+
+
+def _path_arrays(subject: Subject, best: Paths, sampled: Paths) -> dict[str, np.ndarray]:
+    """The most probable paths, the tree of their prefixes, and the sampled paths."""
+    likely, tree = np.isfinite(best.log_probs), prefix_tree(best)
+    top = np.asarray(best.tokens)[likely]
+    return {
         "top_tokens": top,
         "top_text": np.array([_text(subject, row) for row in top], str),
-        "top_log_probs": returned,
+        "top_log_probs": np.asarray(best.log_probs, np.float64)[likely],
         "tree_parent": tree.parent,
         "tree_token": tree.token,
         "tree_text": np.array(["", *(subject.symbol(token) for token in tree.token[1:].tolist())]),
@@ -130,78 +131,122 @@ def analyse(
         "sampled_tokens": np.asarray(sampled.tokens),
         "sampled_text": np.array([_text(subject, row) for row in np.asarray(sampled.tokens)]),
         "sampled_log_probs": np.asarray(sampled.log_probs, np.float64),
-        "sensitivity": sensitivity,
-        "sensitivity_rows": _labels(subject, prompt, np.arange(P))[-len(sensitivity) :],
     }
-    labels = {"model": "model", "world": "world, exact", "untrained": "untrained model"}
-    figures = (
+
+
+def _prompt(subject: Subject) -> Int[np.ndarray, " P"]:
+    """The prompt. Raises NotApplicable if there is none, or the model cannot walk it."""
+    if subject.prompt is None:
+        raise NotApplicable("no prompt was given: pass one with --prompt")
+    try:
+        return np.asarray(check_tokens(subject.model, np.asarray(subject.prompt)))
+    except ValueError as wrong:
+        raise NotApplicable(f"the prompt is no path of this model: {wrong}") from wrong
+
+
+class Law(NamedTuple):
+    """What one law says about a prompt.
+
+    Attributes:
+        next: [V], the log-probabilities of the next token.
+        prompt: the log-probability of the prompt, given its first token.
+        entropy: of the law of the paths that follow.
+    """
+
+    next: Any
+    prompt: Any
+    entropy: Estimate
+
+
+def _laws(
+    subject: Subject, prompt: Int[np.ndarray, " P"], key: Array, steps: int
+) -> tuple[dict[str, Law], dict[str, str]]:
+    """The laws of the model, the untrained model and the world, and a note if the world has none."""
+    model, world = subject.model, subject.world
+    laws = {"model": _law(model, prompt, key, steps)}
+    if subject.untrained is not None:
+        laws["untrained"] = _law(subject.untrained, prompt, key, steps)
+    notes = {}
+    if world is not None and world.vocab_size == model.vocab_size:
+        laws["world"] = _world_law(world, prompt, steps)
+        if not np.isfinite(laws["world"].next).any():
+            notes["world"] = "the world forbids this prompt: it has no law after it"
+            del laws["world"]
+    return {name: law._replace(next=np.asarray(law.next, np.float64)) for name, law in laws.items()}, notes
+
+
+def _quantities(laws: Mapping[str, Law], top_log_probs: Float[np.ndarray, " k"], steps: int, P: int) -> list[Quantity]:
+    """The numbers of each law, those of the uniform law and, where there is a world, the divergence from it."""
+    V = len(laws["model"].next)
+    entropy = {
+        name: -np.sum(np.where(np.isneginf(law.next), 0, np.exp(law.next) * law.next)) for name, law in laws.items()
+    }
+    columns = {
+        "path_entropy": {name: float(law.entropy.value) for name, law in laws.items()}
+        | {"uniform": steps * math.log(V)},
+        "next_entropy": {name: float(h) for name, h in entropy.items()} | {"uniform": math.log(V)},
+    }
+    if P > 1:
+        scores = {name: float(law.prompt) for name, law in laws.items()}
+        columns["prompt_log_prob"] = scores | {"uniform": -(P - 1) * math.log(V)}
+    if "world" in laws:
+        truth = laws["world"].next
+        likely = ~np.isneginf(truth)
+        columns["next_kl"] = {
+            name: float(np.sum(np.exp(truth[likely]) * (truth - law.next)[likely]))
+            for name, law in laws.items()
+            if name != "world"
+        } | {"exact": 0.0}
+    if len(top_log_probs):
+        columns["top_paths_mass"] = {
+            "model": float(np.exp(top_log_probs).sum()),
+            "uniform": len(top_log_probs) / float(V) ** steps,
+        }
+    known = {what: {n: v for n, v in values.items() if not math.isnan(v)} for what, values in columns.items()}
+    return [Quantity(what, values.pop("model"), values) for what, values in known.items() if "model" in values]
+
+
+def _figures(laws: Mapping[str, Law], V: int) -> tuple[Figure, ...]:
+    bars = tuple(
+        Series(LABELS[name], f"next_{name}", "next_symbols", style="bars", dashed=name != "model") for name in laws
+    )
+    title = "How far each context vector moves with each token vector of the prompt"
+    cells = Series(
+        "|d context / d token vector|", "sensitivity", "prompt_symbols", style="heatmap", rows="sensitivity_rows"
+    )
+    return (
         Figure(
-            name="next_law",
-            title="The law of the token after the prompt",
-            x_label="token",
-            y_label="probability",
-            series=tuple(
-                Series(labels[name], f"next_{name}", "next_symbols", style="bars", dashed=name != "model")
-                for name in after
-            ),
+            "next_law",
+            "The law of the token after the prompt",
+            "token",
+            "probability",
+            bars,
             references={"uniform": 1 / V},
         ),
-        Figure(
-            name="prompt_sensitivity",
-            title="How far each context vector moves with each token vector of the prompt",
-            x_label="token that is moved",
-            y_label="context vector that moves",
-            series=(
-                Series(
-                    "|d context / d token vector|",
-                    "sensitivity",
-                    "prompt_symbols",
-                    style="heatmap",
-                    rows="sensitivity_rows",
-                ),
-            ),
-        ),
+        Figure("prompt_sensitivity", title, "token that is moved", "context vector that moves", (cells,)),
     )
-    conventions: dict[str, Any] = {
-        "units": "nats; top_paths_mass is a probability; sensitivities are ratios of lengths",
-        "nulls": "the plain names are nulls of `path_entropy`, the others of the number before the dot",
-        "prompt_tokens": P,
-        "steps": steps,
-        "path_entropy": f"of the law of the next {steps} tokens, "
-        + ("a Monte Carlo estimate; interval: 1.96 standard errors" if error else "exact by enumeration"),
-        "prompt_log_prob": "log P(prompt | its first token)",
-        "next_kl": "KL(world || model) of the next token",
-        "top_paths": f"{certified} of {len(top)} are certified to be the most probable (at or above bound "
-        f"{float(best.bound):.4g}); the mass of other paths is {float(best.unexplored_mass):.4g}"
-        if len(top)
-        else "none: the law is so flat that the search found no whole path before its budget was spent",
-        "tree": "arrays tree_*: the prefixes of the most probable paths, each with the mass of those that begin so",
-        "sampled_paths": f"{samples} exact samples of the model's law, no temperature",
-        "sensitivity": "Frobenius norm of d context / d token vector, row: context, column: token; local, and no share "
-        "of anything" + ("" if whole else "; last context vector only, as the prompt is long"),
-        **notes,
-    }
-    verdict = (
-        f"After this prompt the next {steps} tokens are worth {math.exp(measured['path_entropy']):.3g} effective paths "
-        f"({measured['path_entropy']:.3f} nats"
-        + "".join(f", {labels[name]} {null[name]:.3f}" for name in ("world", "untrained") if name in null)
+
+
+def _sentence(measured: Mapping[str, float], null: Mapping[str, float], steps: int, top: int, certified: int) -> str:
+    entropy = measured["path_entropy"]
+    others = "".join(f", {LABELS[name]} {null[name]:.3f}" for name in ("world", "untrained") if name in null)
+    return (
+        f"After this prompt the next {steps} tokens are worth {math.exp(entropy):.3g} effective paths "
+        f"({entropy:.3f} nats{others}); "
         + (
-            f"); the {len(top)} most probable found hold {measured['top_paths_mass']:.1%} of the probability, "
-            f"{certified} of them certified."
-            if len(top)
-            else "); the law is too flat for the search to find the most probable."
+            f"the {top} most probable found hold {measured['top_paths_mass']:.1%} of the probability, {certified} of "
+            "them certified."
+            if top
+            else "the law is too flat for the search to find the most probable."
         )
     )
-    return Finding("prompt", CLAIM, measured, interval, null, conventions, arrays, figures, verdict)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def _law(
-    model: Transformer, prompt: Int[Array, " P"], key: Array, steps: int
-) -> tuple[Float[Array, " V"], Float[Array, ""], Estimate]:
-    """The next-step law, the prompt's log-probability, and the entropy of the law of paths."""
+def _law(model: Transformer, prompt: Int[Array, " P"], key: Array, steps: int) -> Law:
+    """The numbers of a model."""
     entropy = path_entropy(model, prompt, steps, key=key, samples=256)
-    return next_log_probs(model, prompt)[-1], path_log_prob(model, prompt), entropy
+    return Law(next_log_probs(model, prompt)[-1], path_log_prob(model, prompt), entropy)
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "k", "samples", "budget"))
@@ -212,9 +257,7 @@ def _paths(
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def _world_law(
-    world: Any, prompt: Int[Array, " P"], steps: int
-) -> tuple[Float[Array, " V"], Float[Array, ""], Estimate]:
+def _world_law(world: Any, prompt: Int[Array, " P"], steps: int) -> Law:
     """The world's exact numbers; NaN where it forbids the prompt. The entropy is NaN where paths are too many."""
     law = world.next_log_probs(prompt)[-1]
     entropy = jnp.array(jnp.nan)
@@ -223,7 +266,7 @@ def _world_law(
         rows = jnp.concatenate([jnp.broadcast_to(prompt, (len(after), len(prompt))), after], axis=1)
         log_probs = jax.vmap(functools.partial(world.path_log_prob, given=len(prompt)))(rows)
         entropy = jnp.maximum(jax.scipy.special.entr(jnp.exp(log_probs)).sum(), 0)
-    return law, world.path_log_prob(prompt, given=1), Estimate(entropy, jnp.zeros(()), jnp.array(jnp.inf))
+    return Law(law, world.path_log_prob(prompt, given=1), Estimate(entropy, jnp.zeros(()), jnp.array(jnp.inf)))
 
 
 @functools.partial(jax.jit, static_argnames="whole")

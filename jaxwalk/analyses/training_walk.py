@@ -8,9 +8,11 @@ to be cheap.
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxwalk import analyses
 from jaxwalk.checkpoint import CheckpointError
@@ -20,29 +22,82 @@ from jaxwalk.evidence.subject import Subject
 
 CLAIM = "C2, C8: training moves the law of paths, and the arrangement of vectors that makes it, towards the data's."
 BY_DEFAULT = ("path_law.excess_loss", "path_law.loss", "belief_geometry.r2")
+ENDS = {"first": 0, "last": -1}
 
 
 def analyse(
     subject: Subject,
     *,
     scalars: tuple[str, ...] | None = None,
-    paths: int = 128,
+    paths: int = 256,
     steps: int | tuple[int, ...] = 24,
 ) -> Finding:
-    """`scalars`, "analysis.name" of measured numbers, against the step of training.
+    """Numbers of other analyses against the step of training. It describes one run, and decides nothing.
 
-    By default the loss in excess of the world's (of text, the loss) and the R^2 from context vectors to beliefs,
-    where they apply. paths: for analyses that have no `light` form. steps: those to look at, or how many at most,
-    evenly spaced in log(step), of those that are kept (Pythia keeps 154). Raises ValueError for a number that its
-    analysis does not measure, and for a step that is not kept.
+    Args:
+        subject: the model and its series.
+        scalars: "analysis.name" of measured numbers; by default the loss in excess of the world's (of text, the loss),
+            and the R^2 from context vectors to beliefs, where they apply.
+        paths: for analyses that have no `light` form: a whole batch, so that no other program is compiled for it.
+        steps: those to look at, or how many at most, evenly spaced in log(step), of those that are kept.
+
+    Raises:
+        ConfigError: for a number that its analysis does not measure, and for a step that is not kept.
     """
     kept = sorted(set(subject.series))
     if len(kept) < 2:
         raise NotApplicable(f"it needs at least 2 kept steps of training, got {len(kept)}: keep more checkpoints")
-    looked_at = _chosen(kept, steps)
-    wanted = BY_DEFAULT if scalars is None else scalars
+    by_analysis = _by_analysis(BY_DEFAULT if scalars is None else scalars)
+    # The default numbers need no null of their own at each step: step 0 is in the series.
+    untrained = None if scalars is None else subject.untrained
+    findings, read, left_out = _measured(subject, untrained, _chosen(kept, steps), by_analysis, paths)
+    series = {
+        f"{name}.{key}": findings[name]
+        for name, keys in by_analysis.items()
+        if name in findings
+        for key in keys
+        if scalars is not None or key in findings[name][0].measured
+    }
+    if not series:
+        raise NotApplicable(
+            "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no scalars were asked for"
+        )
+    first = "untrained" if read[0] == 0 else f"step_{read[0]}"
+    null = "the model before training" if read[0] == 0 else "the first, as step 0 is not among them"
+    walks = {scalar: _walk(scalar, each) for scalar, each in series.items()}
+    arrays, figures = _figures(walks, read)
+    return Finding(
+        name="training_walk",
+        claim=CLAIM,
+        measured={f"{scalar}.{end}": w[at, 0] for scalar, w in walks.items() for end, at in ENDS.items()},
+        interval={
+            f"{scalar}.{end}": (w[at, 1], w[at, 2])
+            for scalar, w in walks.items()
+            for end, at in ENDS.items()
+            if scalar.partition(".")[2] in series[scalar][at].interval
+        },
+        null={f"{scalar}.last.{first}": w[0, 0] for scalar, w in walks.items()},
+        conventions={
+            "steps": read,
+            "kept steps": len(kept),
+            "units": "those of the analysis, before the dot, that measured the number",
+            "options": {name: _cheap(name, paths) for name in findings},
+            "paths": "the same at every step",
+            "first, last": f"steps {read[0]} and {read[-1]}; the null is {null}",
+            "left out": left_out,
+        },
+        arrays=arrays,
+        figures=figures,
+        verdict=f"From step {read[0]} to {read[-1]}: "
+        + "; ".join(f"{scalar} goes from {w[0, 0]:.3g} to {w[-1, 0]:.3g}" for scalar, w in walks.items())
+        + ".",
+    )
+
+
+def _by_analysis(scalars: Sequence[str]) -> dict[str, list[str]]:
+    """The names of numbers by the analysis that measures them. Raises ConfigError for an unknown analysis."""
     by_analysis: dict[str, list[str]] = {}
-    for scalar in wanted:
+    for scalar in scalars:
         name, _, key = scalar.partition(".")
         if name not in analyses.names() or not key or name == "training_walk":
             choices = [n for n in analyses.names() if n != "training_walk"]
@@ -50,94 +105,67 @@ def analyse(
                 f"scalars: expected 'analysis.number', got {scalar!r}: {unknown('analysis', name, choices)}"
             )
         by_analysis.setdefault(name, []).append(key)
+    return by_analysis
 
-    # The default numbers need no null of their own at each step: step 0 is in the series.
-    untrained = None if scalars is None else subject.untrained
+
+def _measured(
+    subject: Subject, untrained: Any, steps: Sequence[int], names: Iterable[str], paths: int
+) -> tuple[dict[str, list[Finding]], list[int], dict[str, Any]]:
+    """The findings of each analysis at each step that can be read, these steps, and why others were left out."""
+    findings: dict[str, list[Finding]] = {}
     left_out: dict[str, Any] = {}
-    found: dict[str, list[Finding]] = {}
     unread: dict[int, str] = {}
-    for step in looked_at:
+    for step in steps:
         try:
             at_step = dataclasses.replace(subject.at_step(step), untrained=untrained)
         except CheckpointError as error:
             unread[step] = str(error)
             continue
-        for name in by_analysis:
+        for name in names:
             if name in left_out:
                 continue
             try:
-                found.setdefault(name, []).append(analyses.analyse(name, at_step, **_cheap(name, paths)))
+                findings.setdefault(name, []).append(analyses.analyse(name, at_step, **_cheap(name, paths)))
             except NotApplicable as reason:  # as in `run`, it costs nothing but itself
                 left_out[name] = str(reason)
-    read = [step for step in looked_at if step not in unread]
+    read = [step for step in steps if step not in unread]
     if len(read) < 2:
         raise NotApplicable(
             f"it needs at least 2 steps that can be read: {list(unread)} cannot. {next(iter(unread.values()))}"
         )
-    series = {
-        f"{name}.{key}": found[name]
-        for name, keys in by_analysis.items()
-        if name not in left_out
-        for key in keys
-        if scalars is not None or key in found[name][0].measured
-    }
-    if not series:
-        raise NotApplicable(
-            "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no scalars were asked for"
-        )
+    found = {name: each for name, each in findings.items() if name not in left_out}
+    return found, read, left_out | ({"steps that cannot be read": list(unread)} if unread else {})
 
+
+def _walk(scalar: str, findings: Sequence[Finding]) -> Float[np.ndarray, "steps 3"]:
+    """A number at each step and its interval, which is the number itself without one; NaN where it is not measured."""
+    key = scalar.partition(".")[2]
+    if not any(key in f.measured for f in findings):
+        raise ConfigError(unknown(f"number of {findings[0].name}", key, findings[-1].measured))
+    values = [f.measured.get(key, np.nan) for f in findings]
+    return np.array([(v, *f.interval.get(key, (v, v))) for f, v in zip(findings, values, strict=True)])
+
+
+def _figures(walks: Mapping[str, np.ndarray], read: Sequence[int]) -> tuple[dict[str, np.ndarray], tuple[Figure, ...]]:
     shown = np.array(read, float)
     shown[shown == 0] = shown[shown > 0].min() / 2
     arrays: dict[str, np.ndarray] = {"step": np.array(read), "step_shown": shown}
-    measured: dict[str, float] = {}
-    interval: dict[str, tuple[float, float]] = {}
-    null: dict[str, float] = {}
-    figures, said = [], []
-    for scalar, findings in series.items():
-        key = scalar.partition(".")[2]
-        if not any(key in f.measured for f in findings):
-            raise ConfigError(unknown(f"number of {findings[0].name}", key, findings[-1].measured))
-        values = np.array([f.measured.get(key, np.nan) for f in findings])  # NaN: not measured there
-        ends = np.array([f.interval.get(key, (v, v)) for f, v in zip(findings, values, strict=True)])
-        arrays |= {scalar: values, f"{scalar}.low": ends[:, 0], f"{scalar}.high": ends[:, 1]}
-        measured |= {f"{scalar}.first": float(values[0]), f"{scalar}.last": float(values[-1])}
-        for which, f in (("first", findings[0]), ("last", findings[-1])):
-            if key in f.interval:
-                interval[f"{scalar}.{which}"] = f.interval[key]
-        null[f"{scalar}.last.untrained" if read[0] == 0 else f"{scalar}.last.step_{read[0]}"] = values[0]
+    figures = []
+    for scalar, walk in walks.items():
+        arrays |= {scalar: walk[:, 0], f"{scalar}.low": walk[:, 1], f"{scalar}.high": walk[:, 2]}
         figures.append(
             Figure(
                 name=scalar.replace(".", "_"),
                 title=f"{scalar} over training",
                 x_label="step of training" + (f" (step 0 is drawn at {shown[0]:g})" if read[0] == 0 else ""),
-                y_label=key,
+                y_label=scalar.partition(".")[2],
                 series=(Series(scalar, scalar, "step_shown", low=f"{scalar}.low", high=f"{scalar}.high"),),
-                references={"untrained" if read[0] == 0 else f"step {read[0]}": float(values[0])},
+                references={"untrained" if read[0] == 0 else f"step {read[0]}": float(walk[0, 0])},
                 log_x=True,
-                log_y=bool((values > 0).all() and (ends > 0).all() and values.max() > 10 * values.min()),
+                log_y=bool((walk > 0).all() and walk[:, 0].max() > 10 * walk[:, 0].min()),
             )
         )
-        said.append(f"{scalar} goes from {values[0]:.3g} to {values[-1]:.3g}")
-    return Finding(
-        name="training_walk",
-        claim=CLAIM,
-        measured=measured,
-        interval=interval,
-        null=null,
-        conventions={
-            "steps": read,
-            "kept steps": len(kept),
-            "units": "those of the analysis, before the dot, that measured the number",
-            "options": {name: _cheap(name, paths) for name in found if name not in left_out},
-            "paths": "the same at every step",
-            "first, last": f"steps {read[0]} and {read[-1]}; the null is the model before training" if read[0] == 0
-            else f"steps {read[0]} and {read[-1]}; step 0 is not among them, so the null is the first",
-            "left out": left_out | ({"steps that cannot be read": list(unread)} if unread else {}),
-        },
-        arrays=arrays,
-        figures=tuple(figures),
-        verdict=f"From step {read[0]} to {read[-1]}: " + "; ".join(said) + ".",
-    )  # fmt: skip
+    return arrays, tuple(figures)
 
 
 def _chosen(kept: list[int], steps: int | tuple[int, ...]) -> list[int]:
