@@ -114,7 +114,7 @@ def noise_variance(states: States, pairs: Pairs) -> Float[np.ndarray, " P"]:
     return np.array(found)
 
 
-def over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def over(a: Any, b: Any) -> Any:
     """a / b; NaN where b is 0."""
     return np.where(b > 0, a / np.where(b > 0, b, 1), np.nan)
 
