@@ -46,8 +46,8 @@ def holds(finding, *measured):
     for name, (low, high) in finding.interval.items():
         assert low <= finding.measured[name] + 1e-9, name
         assert finding.measured[name] <= high + 1e-9, name
-    assert finding.verdict.endswith(".")
-    assert "nan" not in finding.verdict
+    assert finding.summary.endswith(".")
+    assert "nan" not in finding.summary
 
 
 # The encoding walk.

@@ -84,7 +84,7 @@ def moments(x: Float[np.ndarray, "n D"]) -> dict[str, float]:
     """
     around = x - x.mean(axis=0)
     variance = (around**2).mean(axis=0)
-    varies = variance > 1e-12 * variance.max()
+    varies = variance > 1e-12 * np.max(variance)
     standard = around[:, varies] / np.sqrt(variance[varies])
     return {
         "kurtosis": float(((standard**4).mean(axis=0) - 3).mean()),

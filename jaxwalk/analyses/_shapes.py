@@ -80,7 +80,7 @@ def shapes_of(
     rng = np.random.default_rng(seed)
     n = len(documents)
     units = np.unique(documents, return_inverse=True)[1]
-    halves = [np.flatnonzero(rng.permutation(units.max() + 1)[units] * 2 <= units.max()) for _ in range(HALVES)]
+    halves = [np.flatnonzero(rng.permutation(np.max(units) + 1)[units] * 2 <= np.max(units)) for _ in range(HALVES)]
     clouds = [Cloud.of(x) for x in points[""]]
     values = {who: shape(map(Cloud.of, x), labels, LEAST) for who, x in points.items()}
     halved = [

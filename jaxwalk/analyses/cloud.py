@@ -197,7 +197,7 @@ def points_of(
     rates = engine.measure(
         expansion_rates, model, walks, directions, shared=(stations,), elements=4 * engine.ELEMENTS // held
     )
-    return Points(*points, rates)
+    return Points(points[0], points[1], rates)
 
 
 # What decides.

@@ -156,7 +156,7 @@ def blocks(to_fit: Draw, draw: Draw) -> list[tuple[np.ndarray, np.ndarray]]:
         NotApplicable: if too few paths remain.
     """
     units = [np.unique(d.documents, return_inverse=True)[1] for d in (to_fit, draw)]
-    count = min(BLOCKS, *(int(unit.max()) + 1 for unit in units))
+    count = min(BLOCKS, *(int(np.max(unit)) + 1 for unit in units))
     parts = []
     for number in range(count):
         fitted, held = (np.flatnonzero(unit % count == number) for unit in units)
