@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
-from jaxwalk.analyses import NotApplicable, lens_comparison
+from jaxwalk.analyses import NotApplicable, Subject, lens_comparison
+from jaxwalk.evidence.subject import Draw
 from jaxwalk.probes import Lens
-from tests.test_analyses_geometry import holds, subject_of
+from tests.conftest import model_of
+from tests.test_analyses_geometry import MESS3, holds, subject_of
 
 NAMES = ("logit", "jacobian", "least_squares", "tuned")
 FEW = {"paths": 16, "jacobians": 8, "steps": 60, "batch": 32}
@@ -19,14 +21,16 @@ def test_lens_comparison():
     finding = lens_comparison.analyse(subject, **FEW)
     holds(finding, *(f"{what}_{name}" for what in ("kl", "agreement", "share") for name in NAMES))
     assert set(finding.interval) == set(finding.measured)
-    assert {f"{name}.untrained" for name in finding.measured} <= set(finding.null)
+    best = next(iter(finding.measured))
+    assert {f"{name}.untrained" for name in finding.measured if name != best} | {"untrained"} <= set(finding.null)
+    assert finding.checks[0].passed
     for name in NAMES:
         assert finding.arrays[f"kl_{name}"][-1] == pytest.approx(0, abs=1e-6)
         share = 1 - finding.measured[f"kl_{name}"] / finding.null[f"kl_{name}.one_law"]
         assert finding.measured[f"share_{name}"] == pytest.approx(share)
 
     # The logit lens, and the law for all contexts, by hand from the definition.
-    rows = subject.paths(32)
+    rows = np.concatenate([subject.draw(16, to_fit=True).tokens, subject.draw(16).tokens])
     stations = jax.vmap(lambda row: subject.model.walk(row).stations)(rows)[:, :, 1:]
     law = lambda x: jax.nn.log_softmax(subject.model.logits(subject.model.context(x)))
     laws = np.asarray(jax.vmap(jax.vmap(jax.vmap(law)))(stations), float)  # [32, S, 7, V]
@@ -44,13 +48,41 @@ def test_lens_comparison():
     np.testing.assert_allclose(finding.arrays["kl_tuned"], kl, rtol=1e-3, atol=1e-5)
 
 
-def test_batches_of_any_size(monkeypatch):
-    subject = subject_of(untrained=False)
-    whole = lens_comparison.analyse(subject, **FEW)
-    monkeypatch.setattr(lens_comparison, "FLOATS", 3 * 8 * 5 * 16)
-    parts = lens_comparison.analyse(subject, **FEW)
-    for name, value in whole.measured.items():
-        assert parts.measured[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+def readings(share, context, n=64):
+    """What a lens leaves of the KL from one law for all contexts, with noise."""
+    rng = np.random.default_rng(0)
+    one_law = context * rng.uniform(0.5, 1.5, n)
+    kl = np.stack([(1 - share) * one_law * rng.uniform(0.9, 1.1, n), np.zeros(n)], axis=1)
+    return lens_comparison.Reading({"logit": Lens()}, {"logit": kl}, {"logit": 0 * kl}, one_law, "logit")
+
+
+@pytest.mark.parametrize(
+    ("main", "untrained", "decision", "reason"),
+    [
+        (readings(0.95, 0.3), readings(0.7, 0.001), "supported", ""),
+        (readings(0.7, 0.3), readings(0.7, 0.3), "contradicted", ""),
+        (readings(0.95, 0.001), readings(0.7, 0.3), "not testable here", "a share of that is noise"),
+        (readings(0.95, 0.3), readings(0.7, 1e-7), "not testable here", "does not depend on its context"),
+        (readings(0.95, 0.3), None, "not testable here", "no untrained model"),
+    ],
+)
+def test_a_share_decides_where_there_is_something_to_share(main, untrained, decision, reason):
+    both = {"": main} | ({} if untrained is None else {"untrained": untrained})
+    shares, _ = lens_comparison._quantities(both, Draw(np.zeros((64, 2), int), np.arange(64)), 3)
+    contrast = lens_comparison._contrast(both, shares["logit"])
+    assert contrast.decision == decision
+    assert reason in contrast.reason
+
+
+@pytest.mark.slow
+def test_untrained_models_support_nothing():
+    choices = {"vocab_size": 3, "max_length": 8}
+    decisions = []
+    for seed in range(20):
+        models = {"model": model_of(seed=seed, **choices), "untrained": model_of(seed=100 + seed, **choices)}
+        finding = lens_comparison.analyse(Subject(**models, world=MESS3, seed=seed), **FEW | {"paths": 32})
+        decisions += [contrast.decision for contrast in finding.primary]
+    assert np.mean([decision == "supported" for decision in decisions]) <= 0.05
 
 
 def test_a_large_model_gets_only_the_lenses_that_cost_little():
@@ -59,7 +91,7 @@ def test_a_large_model_gets_only_the_lenses_that_cost_little():
     for name in ("jacobian", "tuned"):
         assert f"kl_{name}" not in finding.measured
         assert "left out" in finding.conventions[name]
-    assert "on 8 others" in finding.conventions["fitted"]
+    assert "scored on 8 others" in finding.conventions["fitted"]
 
 
 def test_what_it_makes_no_sense_for():
