@@ -1,7 +1,6 @@
 """The shape of walks, the nearness of vectors, and the beliefs in them: by hand, by planted truth, by identities."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -10,13 +9,11 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
-from jaxwalk.analyses import Finding, NotApplicable, Subject, belief_geometry, encoding_walk, proximity
+from jaxwalk.analyses import Finding, NotApplicable, Subject, belief_geometry, encoding_walk
 from jaxwalk.evidence import regression
 from jaxwalk.evidence.decision import Quantity
 from jaxwalk.evidence.engine import measure
-from jaxwalk.filters import Linear
-from jaxwalk.paths import next_log_probs
-from tests.conftest import model_of, quick, to64
+from tests.conftest import model_of
 
 MESS3 = jw.worlds.make("mess3")
 
@@ -167,168 +164,6 @@ def test_what_has_no_walk():
         encoding_walk.analyse(subject_of(depth=0))
     with pytest.raises(NotApplicable, match="it needs paths"):
         encoding_walk.analyse(Subject(model=model_of()))
-
-
-# Nearness.
-
-
-def test_nearness_by_hand_and_the_identity():
-    rng = np.random.default_rng(0)
-    c, U = rng.normal(size=(3, 6)), rng.normal(size=(4, 6))
-    near = proximity.nearness(c, U)
-    np.testing.assert_allclose(near["distance"], -0.5 * ((c[:, None] - U) ** 2).sum(-1), rtol=1e-12)
-    np.testing.assert_allclose(near["cosine"][0, 0], c[0] @ U[0] / np.linalg.norm(c[0]) / np.linalg.norm(U[0]))
-    assert proximity.identity_error(c, U) < 1e-14
-
-
-def test_scores_by_hand():
-    log_p = np.array([[[1.0, 0, -1, 0], [3, -1, -1, -1]]])
-    law = proximity.Law.of(log_p + 3, (1, 2))
-    same = proximity.summarise(proximity.score(2 * log_p + 5, law).mean(0))
-    np.testing.assert_allclose(same, [1, 1, 1, 1])
-    opposite = proximity.summarise(proximity.score(-log_p, law).mean(0))
-    assert opposite[0] == -1
-    assert opposite[2] == 0
-
-
-def test_proximity():
-    finding = proximity.analyse(subject_of(Uniform(12)), paths=40)
-    keys = [
-        f"{what}_{name}" for what in ("share", "spearman", "top1", "top5", "top10") for name in ("distance", "cosine")
-    ]
-    holds(finding, *keys, "share_dot", "share_norm", "identity_error", "rotation_change")
-    assert finding.measured["share_dot"] == pytest.approx(1, abs=1e-9)
-    assert finding.measured["identity_error"] < 1e-12
-    assert finding.measured["rotation_change"] < 1e-4 < finding.null["rotation_change.token_vectors_left"]
-    nulls = ("random_vector", "other_context", "permuted_tokens", "untrained", "unigram")
-    assert {f"{key}.{null}" for key in keys for null in nulls} <= set(finding.null)
-    for null in ("random_vector", "permuted_tokens"):
-        assert finding.null[f"share_dot.{null}"] < 0.2
-    assert finding.null["top5_distance.chance"] == 5 / 12
-    assert "by construction" in finding.verdict
-
-
-def test_an_output_bias_is_what_the_dot_product_does_not_explain():
-    finding = proximity.analyse(subject_of(Uniform(12), untrained=False, unembed_bias=True), paths=16)
-    holds(finding)
-    assert 0 < finding.measured["share_dot"] < 0.9999
-    assert "share_dot.by_construction" not in finding.null
-    assert "by construction" not in finding.verdict
-
-
-def test_a_vector_added_to_all_output_vectors_changes_no_number():
-    subject = subject_of(Uniform(6), untrained=False)
-    U = subject.model.unembed
-    moved = dataclasses.replace(U, weight=U.weight + 0.5)
-    other = dataclasses.replace(subject, model=dataclasses.replace(subject.model, unembed=moved))
-    one, two = (proximity.analyse(s, paths=16).measured for s in (subject, other))
-    for name in one:
-        if name.startswith("share"):
-            assert one[name] == pytest.approx(two[name], abs=1e-4), name
-
-
-def test_what_has_no_nearness():
-    with pytest.raises(NotApplicable, match="2 tokens"):
-        proximity.analyse(Subject(model=model_of(vocab_size=2), world=Uniform(2)))
-    with pytest.raises(NotApplicable, match="it needs paths"):
-        proximity.analyse(Subject(model=model_of()))
-
-
-# Rotation.
-
-
-def change(model):
-    rotated = proximity.rotate(model, jax.random.key(3))
-    assert float(jnp.abs(rotated.token_vectors - model.token_vectors).max()) > 0.1
-    tokens = jnp.array([0, 3, 1, 4, 2, 2])
-    return float(jnp.abs(next_log_probs(rotated, tokens) - next_log_probs(model, tokens)).max())
-
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-# Token shifts, and state spaces of each channel or with a direct term, meet single coordinates.
-COORDINATES = {"lru", "rwkv4", "rwkv4_channel_mix", "rwkv7", "s4d", "s5"}
-
-
-@pytest.mark.parametrize("norm", [slow("rms_norm"), "layer_norm"])
-@pytest.mark.parametrize(
-    "aggregate",
-    quick({"lru", "gru"}, jw.aggregates.names()),
-)
-def test_rotating_the_space_changes_no_law(aggregate, norm):
-    model = model_of(aggregate=aggregate, norm=norm, unembed_bias=True, depth=1)
-    if aggregate in COORDINATES:
-        with pytest.raises(NotApplicable, match="reads the stream coordinate by coordinate"):
-            proximity.rotate(model, jax.random.key(3))
-    else:
-        assert change(model) < 1e-4
-
-
-@pytest.mark.parametrize(
-    "choices",
-    [
-        slow({"tied": True, "placement": "parallel"}),
-        {"norm_bias": False, "norm_scale": False, "positions": "sinusoidal", "filter": None},
-        slow({"positions": "none", "norm": "rms_norm", "filter": jw.MLPConfig(gated=True, activation="silu")}),
-        slow({"norm": "layer_norm", "filter": jw.MLPConfig(bias=False)}),
-        {
-            "norm": "rms_norm",
-            "norm_unit_offset": True,
-            "embed_scale": 4.0,
-            "embed_norm": True,
-            "logit_softcap": 2.0,
-            "position_offset": 2,
-            "tied": True,
-            "aggregate": jw.aggregates.config("attention", qk_norm=True, qk_norm_over="width", softcap=2.0),
-        },
-    ],
-    ids=["tied", "sinusoidal", "gated", "no_bias", "gemma"],
-)
-def test_rotating_the_space_of_other_models(choices):
-    assert change(model_of(depth=1, **choices)) < 1e-4
-
-
-@pytest.mark.parametrize("norm", [slow("rms_norm"), "layer_norm"])
-def test_rotation_is_exact_to_rounding_in_float64(norm, x64):
-    model = to64(model_of(norm=norm, unembed_bias=True, aggregate=("attention", "fixed_mixing")))
-    rope = jw.aggregates.config("attention", positions="rope", qk_norm=True, kv_heads=2)
-    assert change(model) < 1e-10
-    assert change(to64(model_of(norm=norm, tied=True, positions="none", aggregate=rope))) < 1e-10
-
-
-@pytest.mark.parametrize("norm", quick({"layer_norm"}, ["rms_norm", "layer_norm"]))
-@pytest.mark.parametrize("placement", quick({"sandwich"}, ["post", "res_post", "sandwich"]))
-def test_norms_of_what_is_written_rotate_only_with_one_scale_for_all_coordinates(placement, norm):
-    model = model_of(placement=placement, norm=norm, depth=1)
-    with pytest.raises(NotApplicable, match=f"{placement}-norm"):
-        proximity.rotate(model, jax.random.key(0))
-
-    def even(norm):
-        return norm and dataclasses.replace(norm, scale=jnp.full_like(norm.scale, 1.5))
-
-    names = ("aggregate_out_norm", "filter_out_norm") if placement == "sandwich" else ("aggregate_norm", "filter_norm")
-    evened = {name: even(getattr(model.layers[0], name)) for name in names}
-    assert change(model.with_layer(0, **evened)) < 1e-4
-
-
-def test_what_cannot_be_rotated_is_said():
-    finding = proximity.analyse(
-        dataclasses.replace(
-            subject_of(untrained=False), model=model_of(placement="post", depth=1, vocab_size=3, max_length=8)
-        ),
-        paths=16,
-    )
-    holds(finding)
-    assert "rotation_change" not in finding.measured
-    assert "post-norm" in finding.conventions["rotation"]
-
-
-def test_what_says_nothing_of_how_it_meets_the_stream_is_refused():
-    @dataclasses.dataclass
-    class Bare:
-        table: Linear | None = None
-
-    with pytest.raises(NotApplicable, match="Bare reads the stream coordinate by coordinate"):
-        proximity._rotate_maps(Bare(), np.eye(4), np.ones(4), None)
 
 
 # Beliefs.
