@@ -25,9 +25,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxwalk.evidence import engine
 from jaxwalk.evidence.decision import Check, Contrast, Quantity, numbers, untestable
 from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
-from jaxwalk.evidence.laws import Steps, check_data, observe
+from jaxwalk.evidence.laws import Steps, check_data, held_out, observe
 from jaxwalk.evidence.statistics import mean_interval
-from jaxwalk.evidence.subject import Draw, Subject
+from jaxwalk.evidence.subject import Subject
 from jaxwalk.model import State, Transformer, init_state, step
 from jaxwalk.paths import continuations
 from jaxwalk.worlds import HiddenMarkov
@@ -145,7 +145,7 @@ def _planned(
     """The paths, the lengths of contexts, and the steps, as far as they are not chosen."""
     world, V = subject.world, subject.model.vocab_size
     default_paths, default_contexts = (64, 16) if light else (128, 32) if world is None else (512, 64)
-    draw = _held_out(subject, paths or default_paths)
+    draw = held_out(subject, paths or default_paths)
     T = draw.tokens.shape[1] - 1
     most = max(8, LAWS // (V * (T + 1)))
     rows, documents = (draw.tokens, draw.documents) if paths else (draw.tokens[:most], draw.documents[:most])
@@ -157,18 +157,6 @@ def _planned(
     lengths = _lengths(1 if world is not None else 2, T - steps + 1)
     shuffled = {length: _shuffle(rows[:count], length, subject.seed) for length in lengths}
     return _Plan(rows, documents, count, lengths, steps, V ** (steps - 1) <= enumerated, shuffled)
-
-
-def _held_out(subject: Subject, n: int, *, to_fit: bool = False) -> Draw:
-    """n paths of max_length + 1 tokens, or shorter ones if the documents of a text are."""
-    length = subject.length + 1
-    while True:
-        try:
-            return subject.draw(n, length, to_fit=to_fit)
-        except NotApplicable:
-            if length <= 8:
-                raise
-            length = length // 2 + 1
 
 
 def _lengths(first: int, last: int) -> list[int]:

@@ -82,7 +82,7 @@ def _batch_size(
     function: Measure, model: Any, per_path: tuple[np.ndarray, ...], shared: tuple[Any, ...], elements: int
 ) -> int:
     """The number of paths in a batch: a power of two, times the number of devices."""
-    one = tuple(jax.ShapeDtypeStruct(np.shape(a)[1:], a.dtype) for a in per_path)
+    one = tuple(jax.ShapeDtypeStruct(np.shape(a)[1:], jax.dtypes.canonicalize_dtype(a.dtype)) for a in per_path)
     result = jax.eval_shape(lambda m, p, s: function(m, *p, *s), model, one, shared)
     widest = 4 * getattr(model, "width", 0) + getattr(model, "vocab_size", 0)
     each = max(sum(a.size for a in jax.tree.leaves(result)), int(np.prod(np.shape(per_path[0])[1:])) * widest, 1)
