@@ -108,7 +108,8 @@ def analyse(
     results = {"": scored(model)}
     if untrained := [scored(m) for m in subject.untrained_models(INITIALISATIONS)]:
         results["untrained"] = max(untrained, key=lambda result: _explained(result[0]))
-    scores, noises = ({who: result[i] for who, result in results.items()} for i in (0, 1))
+    scores = {who: scores for who, (scores, _) in results.items()}
+    noises = {who: noises for who, (_, noises) in results.items()}
     if not all(np.isfinite(of.explained["extrapolated"]).all() for of in scores[""]):
         raise NotApplicable("all paths are at one point at some station: there is nothing to explain")
     quantities = _quantities(scores, noises, time, pairs)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxwalk.evidence import engine
 from jaxwalk.evidence.decision import Check, Contrast, Quantity, numbers, untestable
-from jaxwalk.evidence.finding import Figure, Finding, NotApplicable, Series
+from jaxwalk.evidence.finding import Figure, Finding, Series
 from jaxwalk.evidence.laws import Steps, check_data, held_out, observe
 from jaxwalk.evidence.statistics import mean_interval
 from jaxwalk.evidence.subject import Subject
