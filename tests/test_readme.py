@@ -13,6 +13,7 @@ import numpy as np
 import jaxwalk as jw
 from jaxwalk import training
 from jaxwalk.checkpoint import read_metrics
+from tests.conftest import model_of
 from tests.test_training import small
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,7 @@ def test_the_examples_run():
     np.testing.assert_allclose(names["shares"].sum() + rest, log_p, rtol=1e-5)
     assert names["exact"].all()
     assert 0 < float(names["visit"].value) < 1
+    assert abs(float(names["change"])) > 1e-3
     assert names["influence"].shape == (8, 16, 16)
     # An untrained model knows less than the world, on average over its paths.
     assert float(np.mean(names["regret"])) > 0
@@ -94,3 +96,18 @@ def test_config_docstrings_name_their_command():
     files = sorted((ROOT / "configs").glob("*.py"))
     assert files
     assert all(f"configs/{file.name}" in file.read_text("utf-8") for file in files)
+
+
+def test_the_analysis_of_the_recipe_is_found_and_decides(tmp_path, monkeypatch):
+    (recipe,) = re.findall(r"<!-- analysis -->\n```python\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "repetition.py").write_text(recipe)
+    monkeypatch.setattr(jw.analyses, "__path__", [*jw.analyses.__path__, str(tmp_path)])
+    assert jw.analyses.describe("repetition").claims == ("C1",)
+    world = jw.worlds.mess3(x=0.01)
+    trained, untrained = model_of(vocab_size=3, max_length=16, scale=0.4), model_of(vocab_size=3, max_length=16, seed=1)
+    for model in (trained, untrained):
+        subject = jw.analyses.Subject(model, untrained=untrained, world=world)
+        findings, skipped = jw.analyses.run(subject, ["repetition"], options={"repetition": {"paths": 64}})
+        assert not skipped
+        assert findings[0].primary[0].units == 64
+    assert findings[0].decision == "contradicted"  # an untrained model is no nearer than itself

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 import sys
 import time
@@ -36,7 +37,7 @@ def train(
     *,
     resume: bool | int = False,
     overwrite: bool = False,
-    out: TextIO = sys.stdout,
+    out: TextIO | io.TextIOBase = sys.stdout,
 ) -> dict[str, float]:
     """Train `config` in the folder `workdir`.
 

@@ -1,6 +1,7 @@
 """Signals that stop a run, its lines on the console, and its rows in metrics.jsonl."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -63,7 +64,7 @@ class Stop:
 class Progress:
     """A progress bar on a terminal, plain lines otherwise. Only the first process prints."""
 
-    def __init__(self, steps: int, out: TextIO) -> None:
+    def __init__(self, steps: int, out: TextIO | io.TextIOBase) -> None:
         self.steps, self.out = steps, out
         self.is_terminal = out.isatty()
         self.prints = jax.process_index() == 0
