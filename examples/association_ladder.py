@@ -279,7 +279,7 @@ def ladder(config: TrainConfig, seeds: int, paths: int) -> list[Finding]:
         store=data.store,
         step=config.steps,
     )
-    return [found, jw.analyses.analyse("association", subject, paths=min(paths, 256))]
+    return [found, jw.analyses.analyse("association", subject, {"paths": min(paths, 256)})]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

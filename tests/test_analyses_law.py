@@ -72,7 +72,7 @@ def found(analysis, name="forbids"):
 def found_prompt():
     """Of a model with attention, which stands in for its untrained self as well."""
     subject = Subject(attentive(), untrained=attentive(), world=chain("forbids"), prompt=np.array([1, 2, 0, 1]))
-    return analyse("prompt", subject, steps=4, k=5, samples=3)
+    return analyse("prompt", subject, {"steps": 4, "k": 5, "samples": 3})
 
 
 class Store:
@@ -128,7 +128,7 @@ def test_an_exact_model_has_no_excess_and_no_mass_off_the_support():
 
 def test_excess_mass_and_total_equal_brute_force_over_all_paths():
     world, model = chain("forbids"), attentive()
-    finding = analyse("path_law", Subject(model, world=world), samples=200)
+    finding = analyse("path_law", Subject(model, world=world), {"samples": 200})
     paths = np.array(list(itertools.product(range(3), repeat=8)))
     log_model = np.asarray(jax.jit(jax.vmap(jw.path_log_prob, (None, 0)))(model, paths), float)
     given = np.array([world_probability(world, p[:1]) for p in paths])
@@ -150,23 +150,25 @@ def test_excess_mass_and_total_equal_brute_force_over_all_paths():
 
 def test_what_is_not_enumerated_is_sampled_without_bias():
     subject = Subject(attentive(), world=chain("forbids"))
-    exact = analyse("path_law", subject, enumerated=3**7, samples=200)
-    partly = analyse("path_law", subject, enumerated=3, samples=200, paths=1024)
+    exact = analyse("path_law", subject, {"enumerated": 3**7, "samples": 200})
+    partly = analyse("path_law", subject, {"enumerated": 3, "samples": 200, "paths": 1024})
     assert "kl_total" not in partly.measured  # of one token, which is given, it would be 0
     low, high = partly.interval["excess_loss"]
     assert low < partly.measured["excess_loss"] < high
     assert abs(partly.measured["excess_loss"] - exact.measured["excess_loss"]) < 1.5 * (high - low)
     assert (partly.arrays["kl_model"] >= 0).all()
     assert partly.arrays["kl_model"][0] == pytest.approx(exact.arrays["kl_model"][0], rel=1e-5)
-    light = analyse("path_law", subject, light=True)
+    light = analyse("path_law", subject, {"light": True})
     assert set(light.null) >= {"uniform"}
     assert light.measured["excess_loss"] == pytest.approx(exact.measured["excess_loss"], rel=0.2)
 
 
 def test_planted_overconfidence_is_found_on_a_world_and_on_text():
     for data in ({"world": chain("persists")}, {"store": Store(PERSISTS)}):
-        honest = analyse("path_law", Subject(markov_model(PERSISTS, 12), **data), paths=256, light=True)
-        sharp = analyse("path_law", Subject(markov_model(PERSISTS, 12, sharpness=3.0), **data), paths=256, light=True)
+        honest = analyse("path_law", Subject(markov_model(PERSISTS, 12), **data), {"paths": 256, "light": True})
+        sharp = analyse(
+            "path_law", Subject(markov_model(PERSISTS, 12, sharpness=3.0), **data), {"paths": 256, "light": True}
+        )
         for key in ("calibration_error", "top_calibration_error"):
             assert honest.measured[key] <= 3 * honest.null[f"{key}.calibrated"] + 1e-6
             assert sharp.measured[key] > 0.05
@@ -180,7 +182,7 @@ def test_the_expected_calibration_error_of_a_calibrated_model_is_what_one_scores
     scores, expected = [], []
     for seed in range(12):
         subject = Subject(markov_model(law, 12), store=Store(law), seed=seed)
-        finding = analyse("path_law", subject, light=True)
+        finding = analyse("path_law", subject, {"light": True})
         for key in ("calibration_error", "top_calibration_error"):
             scores.append(finding.measured[key])
             expected.append(finding.null[f"{key}.calibrated"])
@@ -189,7 +191,7 @@ def test_the_expected_calibration_error_of_a_calibrated_model_is_what_one_scores
 
 
 def test_text_is_measured_in_nats_and_bits_per_byte_against_ngrams():
-    finding = analyse("path_law", Subject(markov_model(PERSISTS, 12), store=Store(PERSISTS)), paths=512)
+    finding = analyse("path_law", Subject(markov_model(PERSISTS, 12), store=Store(PERSISTS)), {"paths": 512})
     entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.05))
     low, high = finding.interval["loss"]
     assert low < finding.measured["loss"] < high
@@ -208,12 +210,12 @@ def test_an_exact_law_supports_both_claims_and_what_knows_no_context_neither():
         "training_paths": lambda step: chain("persists").sample(jax.random.key(3), 500, 13),
     }
     subject = Subject(markov_model(law, 12), world=chain("persists"), **training)
-    finding = analyse("path_law", subject, paths=256)
+    finding = analyse("path_law", subject, {"paths": 256})
     assert [(c.claim, c.decision) for c in finding.primary] == [("C2", "supported")] * 2 + [("C1", "supported")]
     assert abs(finding.measured["visit_error"]) < 0.1 * finding.null["visit_error.base_rates"]
     # Independent tokens, and the same law of other tokens.
     for wrong in (np.full((3, 3), 1 / 3), law[[1, 2, 0]]):
-        finding = analyse("path_law", dataclasses.replace(subject, model=markov_model(wrong, 12)), paths=256)
+        finding = analyse("path_law", dataclasses.replace(subject, model=markov_model(wrong, 12)), {"paths": 256})
         assert "supported" not in [c.decision for c in finding.primary]
         assert finding.primary[0].decision == finding.primary[2].decision == "contradicted"
     assert finding.primary[1].decision != "not testable here"
@@ -224,7 +226,7 @@ def test_where_counting_leaves_room_the_law_must_be_nearer_than_ngrams():
     law = rng.dirichlet(np.full(48, 0.5), size=48)
     world = jw.worlds.HiddenMarkov(np.einsum("iv,jv->vij", law, np.eye(48)))
     for model, decision in ((markov_model(law, 6), "supported"), (markov_model(law, 6, sharpness=0.8), "contradicted")):
-        contrast = analyse("path_law", Subject(model, world=world), paths=64, samples=400).primary[0]
+        contrast = analyse("path_law", Subject(model, world=world), {"paths": 64, "samples": 400}).primary[0]
         assert (contrast.null, contrast.decision) == ("ngram", decision)
         assert contrast.reference > path_law.NGRAM_ROOM
     on_text = Subject(markov_model(PERSISTS, 12), store=Store(PERSISTS, documents=40), training_tokens=1)
@@ -344,7 +346,7 @@ def test_what_has_learned_nothing_supports_nothing(null_model, monkeypatch):
             training_paths=lambda step, seed=seed: trained_on(seed),
             seed=seed,
         )
-        finding = analyse("path_law", subject, paths=128, enumerated=81, samples=200)
+        finding = analyse("path_law", subject, {"paths": 128, "enumerated": 81, "samples": 200})
         decisions += [contrast.decision for contrast in finding.primary]
     assert decisions.count("supported") <= 0.05 * len(decisions)
     assert "not testable here" not in decisions
@@ -360,7 +362,7 @@ def pydoc(tmp_path_factory):
 
 
 def test_real_text_is_measured_against_the_uniform_law_and_ngrams(pydoc):
-    finding = analyse("path_law", pydoc, paths=64)
+    finding = analyse("path_law", pydoc, {"paths": 64})
     loss, null = finding.measured["loss"], finding.null
     assert abs(loss - math.log(257)) < 0.5  # it knows nothing
     assert null["ngram"] < null["unigram"] < null["uniform"] == pytest.approx(math.log(257))
@@ -384,7 +386,7 @@ def test_real_text_is_measured_against_the_uniform_law_and_ngrams(pydoc):
 def test_real_text_is_followed_over_training(pydoc):
     walk = analyse("training_walk", pydoc)
     assert list(walk.measured) == ["path_law.loss.first", "path_law.loss.last"]
-    law = analyse("path_law", pydoc, light=True)
+    law = analyse("path_law", pydoc, {"light": True})
     assert walk.measured["path_law.loss.last"] == pytest.approx(law.measured["loss"])
     json.dumps(walk.to_dict(), allow_nan=False)
 
@@ -460,12 +462,12 @@ def test_training_walk_follows_a_known_series_and_compiles_nothing_twice():
     load = {step: markov_model(FORBIDS, 12, s) for step, s in sharpness.items()}
     subject = dataclasses.replace(exact_subject(), series=tuple(load), load_step=load.__getitem__)
     scalars = ("path_law.excess_loss", "narrowing.entropy_error")
-    analyse("training_walk", subject, scalars=scalars)
+    analyse("training_walk", subject, {"scalars": scalars})
     before = engine._mapped._cache_size()
-    finding = analyse("training_walk", subject, scalars=scalars)
+    finding = analyse("training_walk", subject, {"scalars": scalars})
     assert engine._mapped._cache_size() == before
     values = finding.arrays["path_law.excess_loss"]
-    expected = [analyse("path_law", subject.at_step(s), light=True).measured["excess_loss"] for s in load]
+    expected = [analyse("path_law", subject.at_step(s), {"light": True}).measured["excess_loss"] for s in load]
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-9)
     assert values[0] > values[1] > values[2]
     assert values[2] == pytest.approx(0, abs=1e-6)
@@ -512,13 +514,13 @@ def test_training_walk_says_what_it_cannot_follow():
         ("path_law",): "analysis.number",
     }.items():
         with pytest.raises(ConfigError, match=message):
-            analyse("training_walk", subject, scalars=scalars)
+            analyse("training_walk", subject, {"scalars": scalars})
     on_text = dataclasses.replace(subject, world=None, store=Store(FORBIDS))
     finding = analyse("training_walk", on_text)
     assert list(finding.measured) == ["path_law.loss.first", "path_law.loss.last"]
     assert "belief_geometry" in finding.conventions["left out"]
     with pytest.raises(NotApplicable, match="no world"):
-        analyse("training_walk", on_text, scalars=("belief_geometry.r2",))
+        analyse("training_walk", on_text, {"scalars": ("belief_geometry.r2",)})
 
 
 # prompt
@@ -552,7 +554,9 @@ def test_prompt_finds_the_best_paths_and_the_exact_numbers():
 
 
 def test_a_search_that_finds_no_whole_path_says_so():
-    finding = analyse("prompt", Subject(attentive(), prompt=np.array([1, 2, 0, 1])), steps=4, k=5, samples=3, budget=2)
+    finding = analyse(
+        "prompt", Subject(attentive(), prompt=np.array([1, 2, 0, 1])), {"steps": 4, "k": 5, "samples": 3, "budget": 2}
+    )
     assert "top_paths_mass" not in finding.measured
     assert finding.conventions["top_paths"].startswith("none")
     assert "too flat" in finding.verdict
@@ -564,7 +568,7 @@ def test_a_search_that_finds_no_whole_path_says_so():
 def test_prompt_of_a_long_context_has_the_last_row_of_sensitivities_only(monkeypatch):
     monkeypatch.setattr("jaxwalk.analyses.prompt.SENSITIVITY_BUDGET", 0)
     model, prompt = attentive(), np.array([1, 2, 0, 1])
-    finding = analyse("prompt", Subject(model, prompt=prompt), steps=4, k=5, samples=3)
+    finding = analyse("prompt", Subject(model, prompt=prompt), {"steps": 4, "k": 5, "samples": 3})
     expected = jax.jit(jw.context_sensitivity)(model, prompt)[-1:]
     np.testing.assert_allclose(finding.arrays["sensitivity"], expected, rtol=1e-4)
     assert "last context vector only" in finding.conventions["sensitivity"]
@@ -618,5 +622,5 @@ def test_data_is_needed_and_must_fit_the_model(name):
 
 def test_documents_shorter_than_the_model_are_analysed_at_their_length():
     subject = Subject(markov_model(PERSISTS, 12), store=Store(PERSISTS, document=8))
-    finding = analyse("path_law", subject, light=True)
+    finding = analyse("path_law", subject, {"light": True})
     assert finding.conventions["tokens_per_path"] == 7

@@ -48,7 +48,7 @@ def test_an_exact_model_narrows_as_the_world_does():
 
 def test_path_entropies_are_those_of_the_library_at_every_context_length():
     subject = Subject(attentive(), world=chain("forbids"))
-    finding = analyse("narrowing", subject, contexts=8, paths=8, steps=2)
+    finding = analyse("narrowing", subject, {"contexts": 8, "paths": 8, "steps": 2})
     paths = subject.paths(8, 8)
     path_entropy = jax.jit(jw.path_entropy, static_argnames="steps")
     assert finding.conventions["context_lengths"] == [1, 2, 4, 6]
@@ -61,7 +61,7 @@ def test_path_entropies_are_those_of_the_library_at_every_context_length():
 
 def test_path_entropy_of_one_step_is_the_entropy_of_the_next_law():
     subject = Subject(attentive(), world=chain("forbids"))
-    finding = analyse("narrowing", subject, contexts=8, paths=8)  # the model is too short for more steps
+    finding = analyse("narrowing", subject, {"contexts": 8, "paths": 8})  # the model is too short for more steps
     assert finding.conventions["steps"] == 1
     law = np.exp(np.asarray(jax.jit(jax.vmap(jw.next_log_probs, (None, 0)))(subject.model, subject.paths(8, 7)), float))
     entropy = -np.sum(law * np.log(law), axis=-1)
@@ -71,8 +71,8 @@ def test_path_entropy_of_one_step_is_the_entropy_of_the_next_law():
 
 def test_sampled_path_entropies_agree_with_enumerated_ones():
     subject = Subject(attentive(), world=chain("forbids"))
-    exact = analyse("narrowing", subject, contexts=400, paths=400, steps=3)
-    sampled = analyse("narrowing", subject, contexts=400, paths=400, steps=3, enumerated=2)
+    exact = analyse("narrowing", subject, {"contexts": 400, "paths": 400, "steps": 3})
+    sampled = analyse("narrowing", subject, {"contexts": 400, "paths": 400, "steps": 3, "enumerated": 2})
     assert "enumeration" in exact.conventions["narrowing"]
     assert "sampled" in sampled.conventions["narrowing"]
     gap = np.abs(sampled.arrays["entropy_model"] - exact.arrays["entropy_model"])
@@ -86,7 +86,7 @@ def test_shuffling_costs_a_process_that_needs_order_and_not_a_model_that_is_blin
     finding = found("persists")
     assert finding.interval["shuffle_cost"][0] > 0.05
     assert abs(finding.null["shuffle_cost.untrained"]) < 1e-6
-    on_text = analyse("narrowing", Subject(markov_model(PERSISTS, 12), store=Store()), contexts=128)
+    on_text = analyse("narrowing", Subject(markov_model(PERSISTS, 12), store=Store()), {"contexts": 128})
     assert on_text.interval["shuffle_cost"][0] > 0.05
     assert on_text.conventions["context_lengths"][0] == 2
     assert "excess_at_end" not in on_text.measured
@@ -94,7 +94,7 @@ def test_shuffling_costs_a_process_that_needs_order_and_not_a_model_that_is_blin
 
 def test_more_context_narrows_where_the_state_is_hidden():
     world = jw.worlds.make("z1r")
-    finding = analyse("narrowing", Subject(markov_model(np.full((2, 2), 0.5), 12), world=world), light=True)
+    finding = analyse("narrowing", Subject(markov_model(np.full((2, 2), 0.5), 12), world=world), {"light": True})
     assert finding.null["world"] > 0.1
     assert finding.null["loss_gain.ideal"] > 0.1
     assert finding.measured["entropy_error"] > 0.1  # this model does not
@@ -179,7 +179,7 @@ def test_the_true_context_must_narrow_as_it_does_for_the_observer_who_knows_the_
 def test_a_mixture_of_one_task_or_of_equal_ones_tests_nothing():
     for tasks in ([["mess3", {}]], [["mess3", {}], ["mess3", {}]]):
         world = jw.worlds.make("mixture", tasks=tasks)
-        finding = analyse("narrowing", Subject(attentive(), world=world), paths=32, contexts=16)
+        finding = analyse("narrowing", Subject(attentive(), world=world), {"paths": 32, "contexts": 16})
         assert [c.decision for c in finding.primary[:2]] == ["not testable here"] * 2
         assert finding.decision != "supported"
 
@@ -189,7 +189,7 @@ def test_a_model_of_the_last_token_does_not_narrow():
     transitions = setup.world.transitions
     pairs = np.einsum("n,unm,vmk->uv", setup.world.initial, transitions, transitions)
     law = pairs / pairs.sum(axis=1, keepdims=True)
-    finding = analyse("narrowing", Subject(markov_model(law, 16), world=setup.world), paths=64, contexts=16)
+    finding = analyse("narrowing", Subject(markov_model(law, 16), world=setup.world), {"paths": 64, "contexts": 16})
     assert [c.decision for c in finding.primary[:2]] == ["contradicted", "contradicted"]
     assert finding.figures[0].name == "excess_by_position"
     assert {f"late_excess.{name}" for name in narrowing.RESTRICTED} <= set(finding.null) | {"late_excess.best_task"}
@@ -203,7 +203,7 @@ def test_untrained_models_support_nothing(data):
     for seed in range(20):
         model, untrained = (model_of(0.4, seed=100 * k + seed, vocab_size=3, max_length=16) for k in (1, 2))
         subject = Subject(model, untrained=untrained, seed=seed, **data)
-        finding = decide([analyse("narrowing", subject, paths=32, contexts=32)])[0]
+        finding = decide([analyse("narrowing", subject, {"paths": 32, "contexts": 32})])[0]
         decisions += [contrast.decision for contrast in finding.primary]
     tested = [decision for decision in decisions if decision != "not testable here"]
     assert len(tested) >= 20
@@ -222,7 +222,7 @@ def pydoc(tmp_path_factory):
 
 
 def test_real_text_narrows_and_keeps_the_chain_rule(pydoc):
-    finding = analyse("narrowing", pydoc, paths=32, contexts=16)
+    finding = analyse("narrowing", pydoc, {"paths": 32, "contexts": 16})
     assert "sampled" in finding.conventions["narrowing"]
     assert finding.checks[0].passed
     assert finding.checks[0].value < 1e-4

@@ -173,7 +173,7 @@ def test_a_damaged_step_costs_what_needs_it_and_no_more(copy):
     subject = jw.analyses.open_subject(copy)
     assert subject.untrained is None
     assert "step 0" in subject.missing["untrained"]
-    finding = jw.analyses.analyse("training_walk", subject, scalars=("path_law.excess_loss",))
+    finding = jw.analyses.analyse("training_walk", subject, {"scalars": ("path_law.excess_loss",)})
     assert finding.conventions["left out"] == {"steps that cannot be read": [0]}
     assert finding.conventions["steps"][0] == 5
     (copy / "checkpoints" / "parameters" / "60" / "definition" / "metadata").write_text("{")

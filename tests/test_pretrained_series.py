@@ -158,10 +158,10 @@ def subject(folder, steps):
 
 
 def test_training_walk_follows_a_folder(folder):
-    finding = analyse("training_walk", subject(folder, list(series(folder))), scalars=("path_law.excess_loss",))
+    finding = analyse("training_walk", subject(folder, list(series(folder))), {"scalars": ("path_law.excess_loss",)})
     assert list(finding.arrays["step"]) == [0, 8, 90]
     expected = [
-        analyse("path_law", Subject(step_model(step), world=jw.worlds.mess3()), light=True).measured["excess_loss"]
+        analyse("path_law", Subject(step_model(step), world=jw.worlds.mess3()), {"light": True}).measured["excess_loss"]
         for step in (0, 8, 90)
     ]
     np.testing.assert_allclose(finding.arrays["path_law.excess_loss"], expected, rtol=1e-5)
@@ -173,13 +173,15 @@ def test_training_walk_goes_by_what_cannot_be_read_and_says_why_where_nothing_ca
     for step in (1, 2, 3):
         jw.export(step_model(step), tmp_path / f"step{step}")
     edit(tmp_path / "step2", n_head=None)
-    finding = analyse("training_walk", subject(tmp_path, list(series(tmp_path))), scalars=("path_law.excess_loss",))
+    finding = analyse(
+        "training_walk", subject(tmp_path, list(series(tmp_path))), {"scalars": ("path_law.excess_loss",)}
+    )
     assert finding.conventions["steps"] == [1, 3]
     assert finding.conventions["left out"] == {"steps that cannot be read": [2]}
     walked = subject(tmp_path, list(series(tmp_path)))
     edit(tmp_path / "step3", n_head=None)
     with pytest.raises(NotApplicable, match=r"\[2, 3\] cannot\. .*step2: .*n_head: expected a value"):
-        analyse("training_walk", walked, scalars=("path_law.excess_loss",))
+        analyse("training_walk", walked, {"scalars": ("path_law.excess_loss",)})
 
 
 def test_the_steps_that_training_walk_looks_at():

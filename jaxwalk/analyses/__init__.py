@@ -76,10 +76,21 @@ def testing(claims: Sequence[str]) -> tuple[str, ...]:
     return tuple(each.name for each in described if set(each.claims) & set(claims))
 
 
-def analyse(name: str, subject: Any, **options: Any) -> Finding:
-    """The finding of the analysis `name` on `subject`. Raises ConfigError for an unknown name."""
+def analyse(name: str, subject: Any, options: Mapping[str, Any] = {}) -> Finding:
+    """The finding of the analysis `name` on `subject`.
+
+    Args:
+        name: of the analysis.
+        subject: the model and its data.
+        options: of the analysis, by name.
+
+    Raises:
+        ConfigError: for an unknown name or option, or an option of another type.
+        NotApplicable: if the analysis makes no sense for the subject.
+    """
     if name not in names():
         raise ConfigError(unknown("analysis", name, names()))
+    _check_options(name, options)
     return _module(name).analyse(subject, **options)
 
 
@@ -90,12 +101,20 @@ def run(
     failed: Callable[[str, Exception], object] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[list[Finding], dict[str, str]]:
-    """The findings of all analyses, or of those in `only`, and why each of the others was not run.
+    """The findings of all analyses, or of those in `only`, with their decisions, and why each other one was not run.
 
-    An analysis that does not apply, or that the data is too small for, costs nothing but itself. `started` is called
-    with the name of each as it begins. failed: takes the name and the error of an analysis that breaks, and the rest
-    goes on; without it the error is raised. options: of each analysis by name. Raises ConfigError for an unknown
-    name or option, before anything is run, and for options that an analysis refuses.
+    An analysis that does not apply, or that the data is too small for, costs nothing but itself.
+
+    Args:
+        subject: the model and its data.
+        only: the names of the analyses.
+        started: called with the name of each as it begins.
+        failed: called with the name and the error of an analysis that breaks, and the rest goes on; without it the
+            error is raised.
+        options: of each analysis, by its name.
+
+    Raises:
+        ConfigError: for an unknown name or option, before anything is run, and for options that an analysis refuses.
     """
     chosen = tuple(only or sorted(names(), key=lambda name: not getattr(_module(name), "FIRST", False)))
     for name in (*chosen, *(options or {})):
@@ -107,7 +126,7 @@ def run(
     for name in chosen:
         started(name)
         try:
-            findings.append(analyse(name, subject, **(options or {}).get(name, {})))
+            findings.append(analyse(name, subject, (options or {}).get(name, {})))
         except NotApplicable as reason:
             skipped[name] = str(reason)
         except ConfigError:

@@ -125,7 +125,7 @@ def _measured(
             if name in left_out:
                 continue
             try:
-                findings.setdefault(name, []).append(analyses.analyse(name, at_step, **_cheap(name, paths)))
+                findings.setdefault(name, []).append(analyses.analyse(name, at_step, _cheap(name, paths)))
             except NotApplicable as reason:  # as in `run`, it costs nothing but itself
                 left_out[name] = str(reason)
     read = [step for step in steps if step not in unread]
