@@ -170,11 +170,8 @@ def _quantities(
 ) -> tuple[dict[str, Quantity], dict[str, "Scores"]]:
     """Of token or output vectors: the quantities by name, such as "precision_raw", and the scores by arrangement."""
     known = choice.known
-    own, untrained = (
-        None if model is None else _scores(*_tables(model, output), choice)
-        for model in (subject.model, subject.untrained)
-    )
-    assert own is not None
+    own = _scores(*_tables(subject.model, output), choice)
+    untrained = None if subject.untrained is None else _scores(*_tables(subject.untrained, output), choice)
     clusters, relations = (
         labels if labels.max(initial=-1) + 1 >= FEWEST_UNITS else None for labels in (known.labels, known.relation)
     )
