@@ -3,9 +3,9 @@
     python train.py configs/markov.py
     python analyze.py runs/markov
 
-On two CPU cores: 30 s, then 30 s. Excess loss 0.0011 nats per token (the best n-gram model, which is of the right order
-and has as much data as it can count, 0.0017; untrained 0.35). The belief state is which of 64 pairs came last: context
-vectors hold it with R² 0.72, as the model need keep no more of the pair than the law that follows it.
+On two CPU cores: 30 s, then two minutes. Excess loss 0.0011 nats per token (untrained 0.35; the best n-gram model,
+which is of the right order, knows it better with 0.0001). The belief state is which of 64 pairs came last: context
+vectors hold it with R² 0.73 (untrained 0.06), as the model need keep no more of the pair than the law that follows it.
 """
 
 from jaxwalk import ModelConfig, TrainConfig, WorldData, aggregates

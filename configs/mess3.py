@@ -3,8 +3,9 @@
     python train.py configs/mess3.py
     python analyze.py runs/mess3
 
-On two CPU cores: 25 s, then 30 s. Excess loss 0.0010 nats per token (untrained 0.30, the best n-gram model 0.0014);
-the context vectors hold the belief state with R² 0.997 on held-out prefixes (untrained 0.82).
+On two CPU cores: 30 s, then two minutes. Excess loss 0.0010 nats per token (untrained 0.30; the best n-gram model,
+fitted on as many tokens, is nearer with 0.0004); the context vectors hold the belief state with R² 0.997 on held-out
+prefixes (untrained 0.83, the exact next-token law 1.0, so that this much is implied by low loss).
 """
 
 from jaxwalk import ModelConfig, TrainConfig, WorldData, aggregates

@@ -16,7 +16,20 @@ pytestmark = pytest.mark.slow
 
 SEEDS = 20
 CONFIG = jw.ModelConfig(vocab_size=3, max_length=12, width=16, depth=3)
-QUICK: dict[str, dict] = {}
+QUICK: dict[str, dict] = {
+    "association": {"paths": 64, "per_layer": 8},
+    "belief_geometry": {"paths": 256, "points": 27},
+    "cloud": {"paths": 128},
+    "decomposition": {"paths": 16, "length": 8},
+    "encoding_walk": {"paths": 64},
+    "extrapolation": {"paths": 320},
+    "lens_comparison": {"paths": 32, "jacobians": 8, "steps": 60, "batch": 64},
+    "narrowing": {"paths": 64, "contexts": 16},
+    "organisation": {"paths": 64, "steps": 0},
+    "path_law": {"paths": 128, "enumerated": 100, "samples": 500},
+    "proximity": {"paths": 64},
+    "unification": {"paths": 32},
+}
 """Options that make each analysis quick."""
 SKIPPED = ("prompt", "training_walk", "co_occurrence", "concept_space")
 """Analyses without primary contrasts, or without anything to measure on a world of three tokens."""
