@@ -397,7 +397,9 @@ def _against_shuffled(
     mean = lambda x: np.where(at_cut, x, 0)[some].sum(axis=1) / at_cut[some].sum(axis=1)
     quantity = Quantity("order_narrowing", mean(model), {"world": SHARE * mean(own)}, documents=documents[some])
     least = Quantity("", mean(own), documents=documents[some]).interval if some.any() else None
-    if least is None or not (least[0] > 0 and quantity.references["world"] > SHARE * NARROWER):
+    if least is None:
+        return untestable("C3", statement, "order_narrowing", "the world forbids nearly all shuffled contexts")
+    if not (least[0] > 0 and quantity.references["world"] > SHARE * NARROWER):
         reason = (
             f"the order of the context is worth nothing, or below {NARROWER} nat, to the observer who knows the world"
         )
