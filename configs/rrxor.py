@@ -3,10 +3,10 @@
     python train.py configs/rrxor.py
     python analyze.py runs/rrxor
 
-On two CPU cores: 1 min 45 s, then 25 s. Excess loss 0.0017 nats per token (untrained 0.16, the best n-gram model
-0.0095), and 0.0009 of the model's mass lies on paths that the world forbids. The belief is spread over the stations:
-all of them together hold it with R² 0.84 (untrained 0.08), the context vector alone with 0.61, and the next-step law
-with 0.23 only.
+On two CPU cores: about 2 min, then two minutes. Excess loss 0.0020 nats per token (untrained 0.16, the best n-gram model
+0.0083), and 0.0013 of the model's mass lies on paths that the world forbids. The belief is spread over the stations:
+all of them together hold it with R² 0.75, the context vector alone with 0.60 (untrained 0.07), the exact next-token law
+with 0.23 and its logarithm with 0.44 only.
 """
 
 from jaxwalk import ModelConfig, TrainConfig, WorldData, aggregates
