@@ -3,7 +3,7 @@
     python train.py configs/rrxor.py
     python analyze.py runs/rrxor
 
-On two CPU cores: about 2 min, then two minutes. Excess loss 0.0020 nats per token (untrained 0.16, the best n-gram model
+On two CPU cores: 2 min, then two minutes. Excess loss 0.0020 nats per token (untrained 0.16, the best n-gram model
 0.0083), and 0.0013 of the model's mass lies on paths that the world forbids. The belief is spread over the stations:
 all of them together hold it with R² 0.75, the context vector alone with 0.60 (untrained 0.07), the exact next-token law
 with 0.23 and its logarithm with 0.44 only.
