@@ -105,9 +105,32 @@ def to64(tree):
     return jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
 
+class Uniform:
+    """Independent uniform tokens: a world with a larger vocabulary, and no belief states."""
+
+    name, params = "uniform", {}
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def sample(self, key, n, length):
+        return jax.random.randint(key, (n, length), 0, self.vocab_size)
+
+
 @functools.cache
 def model_of(scale=0.4, seed=0, **choices):
     """A small perturbed model: 5 tokens, at most 12 positions, width 16, 2 layers, unless `choices` say otherwise."""
     config = jw.ModelConfig(**{"vocab_size": 5, "max_length": 12, "width": 16, "depth": 2, **choices})
     with jax.ensure_compile_time_eval():  # a first call may be inside jit, and what is cached must be no tracer
         return perturbed(jax.eval_shape(lambda: jw.init(config, jax.random.key(0))), scale, seed)
+
+
+def supported_when_untrained(analyse, world, **options):
+    """The share of primary contrasts that are supported, of 20 models that have not been trained."""
+    choices = {"vocab_size": world.vocab_size, "max_length": 8}
+    decisions = []
+    for seed in range(20):
+        models = {"model": model_of(seed=seed, **choices), "untrained": model_of(seed=100 + seed, **choices)}
+        finding = analyse(jw.analyses.Subject(**models, world=world, seed=seed), **options)
+        decisions += [contrast.decision for contrast in finding.primary]
+    return np.mean([decision == "supported" for decision in decisions])

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import chisquare
 
 import jaxwalk as jw
 from jaxwalk.analyses import (
@@ -31,19 +30,7 @@ from jaxwalk.evidence.decision import Quantity
 from jaxwalk.filters import Embed, Linear, Unembed
 from jaxwalk.paths import next_log_probs
 from jaxwalk.text import ByteVocabulary, SymbolVocabulary, open_store
-from tests.conftest import model_of, quick, to64
-
-
-class Uniform:
-    """Independent uniform tokens: a world without belief states."""
-
-    name, params = "uniform", {}
-
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
-
-    def sample(self, key, n, length):
-        return jax.random.randint(key, (n, length), 0, self.vocab_size)
+from tests.conftest import Uniform, model_of, quick, to64
 
 
 def holds(finding, *measured):
@@ -99,20 +86,6 @@ def unit(rows):
 
 
 # Permutations.
-
-
-def test_permutation_p_by_hand():
-    assert statistics.permutation_p(3.0, np.array([1.0, 2, 3, 4])) == pytest.approx(3 / 5)
-    p = statistics.permutation_p(np.array([0.0, 9]), np.arange(8.0).reshape(4, 2))
-    np.testing.assert_allclose(p, [1, 1 / 5])
-
-
-def test_permutation_p_is_uniform_under_the_null():
-    draws = np.random.default_rng(0).normal(size=(20, 4000))
-    p = statistics.permutation_p(draws[0], draws[1:])
-    np.testing.assert_allclose(np.unique(p), np.arange(1, 21) / 20)
-    counts = np.unique(p, return_counts=True)[1]
-    assert chisquare(counts).pvalue > 0.01
 
 
 def test_permutations_keep_groups_and_reach_all_of_them():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
-from jaxwalk.analyses import NotApplicable, Subject, decomposition
-from tests.conftest import model_of
+from jaxwalk.analyses import NotApplicable, decomposition
+from tests.conftest import model_of, supported_when_untrained
 from tests.test_analyses_geometry import MESS3, holds, subject_of
 
 SMALL = {"paths": 10, "length": 6}
@@ -80,13 +80,7 @@ def test_parts_decide_by_the_better_guess():
 
 @pytest.mark.slow
 def test_untrained_models_support_nothing():
-    choices = {"vocab_size": 3, "max_length": 8}
-    decisions = []
-    for seed in range(20):
-        models = {"model": model_of(seed=seed, **choices), "untrained": model_of(seed=100 + seed, **choices)}
-        finding = decomposition.analyse(Subject(**models, world=MESS3, seed=seed), paths=64)
-        decisions += [contrast.decision for contrast in finding.primary]
-    assert np.mean([decision == "supported" for decision in decisions]) <= 0.05
+    assert supported_when_untrained(decomposition.analyse, MESS3, paths=64) <= 0.05
 
 
 def test_what_it_makes_no_sense_for():

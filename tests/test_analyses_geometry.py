@@ -13,21 +13,9 @@ from jaxwalk.analyses import Finding, NotApplicable, Subject, belief_geometry, e
 from jaxwalk.evidence import regression
 from jaxwalk.evidence.decision import Quantity
 from jaxwalk.evidence.engine import measure
-from tests.conftest import model_of
+from tests.conftest import Uniform, model_of
 
 MESS3 = jw.worlds.make("mess3")
-
-
-class Uniform:
-    """Independent uniform tokens: a world with a larger vocabulary, and no belief states."""
-
-    name, params = "uniform", {}
-
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
-
-    def sample(self, key, n, length):
-        return jax.random.randint(key, (n, length), 0, self.vocab_size)
 
 
 def subject_of(world=MESS3, *, untrained=True, **choices):

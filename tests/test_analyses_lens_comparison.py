@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import jaxwalk as jw
-from jaxwalk.analyses import NotApplicable, Subject, lens_comparison
+from jaxwalk.analyses import NotApplicable, lens_comparison
 from jaxwalk.evidence.subject import Draw
 from jaxwalk.probes import Lens
-from tests.conftest import model_of
+from tests.conftest import supported_when_untrained
 from tests.test_analyses_geometry import MESS3, holds, subject_of
 
 NAMES = ("logit", "jacobian", "least_squares", "tuned")
@@ -76,13 +76,7 @@ def test_a_share_decides_where_there_is_something_to_share(main, untrained, deci
 
 @pytest.mark.slow
 def test_untrained_models_support_nothing():
-    choices = {"vocab_size": 3, "max_length": 8}
-    decisions = []
-    for seed in range(20):
-        models = {"model": model_of(seed=seed, **choices), "untrained": model_of(seed=100 + seed, **choices)}
-        finding = lens_comparison.analyse(Subject(**models, world=MESS3, seed=seed), **FEW | {"paths": 32})
-        decisions += [contrast.decision for contrast in finding.primary]
-    assert np.mean([decision == "supported" for decision in decisions]) <= 0.05
+    assert supported_when_untrained(lens_comparison.analyse, MESS3, **FEW | {"paths": 32}) <= 0.05
 
 
 def test_a_large_model_gets_only_the_lenses_that_cost_little():

@@ -73,7 +73,7 @@ class Finding:
         name: the analysis.
         claim: the claim of the paper, in a sentence, after its number, such as C1.
         measured: name -> number, in the units given in `conventions` (nats by default).
-        interval: name -> (low, high), 95% bootstrap over paths, for names in `measured`; exact numbers have none.
+        interval: name -> (low, high), 95%, over paths or documents, for names in `measured`; exact numbers have none.
         null: name -> number that the measured numbers are compared with: a null model or an exact reference. The report
             puts `r2.untrained` beside the measured `r2`, and `untrained` beside the first measured number, the
             headline.

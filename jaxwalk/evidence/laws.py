@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxwalk.evidence.engine import measure
 from jaxwalk.evidence.finding import NotApplicable
-from jaxwalk.evidence.statistics import batches
 from jaxwalk.evidence.subject import Draw, Subject
 from jaxwalk.model import Transformer
 from jaxwalk.paths import next_log_probs
@@ -47,11 +46,6 @@ def held_out(subject: Subject, n: int) -> Draw:
             if length <= 8:
                 raise
             length = length // 2 + 1
-
-
-def held_out_paths(subject: Subject, n: int) -> Int[np.ndarray, "n N"]:
-    """The tokens of `held_out`."""
-    return held_out(subject, n).tokens
 
 
 class Steps(NamedTuple):
@@ -129,27 +123,6 @@ def _binned(p: Float[Array, "T V"], truth: Float[Array, "T V"], selected: Array)
     # At each step one token follows, so whether it falls into a bin is a Bernoulli variable with the bin's total mass.
     mass = jnp.clip(bins[:, 1:2], 0, 1)
     return jnp.concatenate([bins, mass * (1 - mass)], axis=1).sum(axis=2)
-
-
-def batch_size(law: "Transformer | NGram", length: int) -> int:
-    """The number of paths to walk together, a power of two, so that the largest array has about 2^22 elements.
-
-    If that would be fewer than four paths, up to four are walked within 2^24 elements, since every batch reads all
-    weights.
-    """
-    widest = max(law.vocab_size, 4 * length, 0 if isinstance(law, NGram) else 4 * law.width)
-    size = max(min(256, (1 << 22) // (length * widest)), min(4, (1 << 24) // (length * widest)))
-    return 1 << max(0, size.bit_length() - 1)
-
-
-def in_batches(function: Callable[..., Any], batch: int, *per_path: np.ndarray) -> Any:
-    """`function` of arrays whose first axis is paths, in batches of one shape; float64 results on the host."""
-    parts = []
-    for batch_of_each in zip(*(batches(a, batch) for a in per_path), strict=True):
-        count = batch_of_each[0][1]
-        part = function(*(a for a, _ in batch_of_each))
-        parts.append(jax.tree.map(lambda a, count=count: np.asarray(a, np.float64)[:count], part))
-    return jax.tree.map(lambda *a: np.concatenate(a), *parts)
 
 
 def observe(law: "Transformer | NGram", world: Any, rows: Int[np.ndarray, "n N"], binned: bool = False) -> Steps:

@@ -4,7 +4,6 @@ Positions of one path are not independent, so intervals resample paths.
 """
 
 import math
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,40 +12,6 @@ from jaxtyping import Float, Int
 from jaxwalk.evidence.finding import NotApplicable
 
 RESAMPLES = 1000
-
-
-def bootstrap(
-    statistic: Callable[..., float | np.ndarray],
-    *per_path: np.ndarray,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-) -> tuple[float, float] | tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap interval of `statistic(*per_path)`, resampling paths.
-
-    Args:
-        statistic: a function of the resampled arrays.
-        *per_path: arrays whose first axis is paths.
-        seed: of the resamples.
-        resamples: the number of resamples.
-        level: the coverage of the interval.
-
-    Returns:
-        The interval (low, high), with the shape of the statistic.
-
-    Raises:
-        NotApplicable: if there are fewer than 8 paths, too few for a meaningful interval.
-    """
-    n = len(per_path[0])
-    if n < 8:
-        raise NotApplicable(f"bootstrap: expected at least 8 paths for an interval, got {n}. Analyse more paths.")
-    rng = np.random.default_rng(seed)
-    draws = []
-    for _ in range(resamples):
-        rows = rng.integers(0, n, n)
-        draws.append(statistic(*(np.asarray(a)[rows] for a in per_path)))
-    low, high = np.quantile(np.asarray(draws, float), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return (float(low), float(high)) if np.ndim(low) == 0 else (low, high)
 
 
 def mean_interval(per_path: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -86,40 +51,6 @@ def percentiles(draws: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.
     """The central interval that contains a fraction `level` of the draws (the first axis): low and high."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return np.asarray(low), np.asarray(high)
-
-
-def batches(paths: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches of exactly `size` paths, so that a function is compiled once, each with its number of distinct paths.
-
-    The last batch is filled up by repeating the last path.
-    """
-    for start in range(0, len(paths), size):
-        batch = paths[start : start + size]
-        yield np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)]), len(batch)
-
-
-def r_squared(predicted: np.ndarray, actual: np.ndarray) -> float:
-    """The fraction of the variance of `actual`, [n, k] or [n], around its mean that `predicted` explains. At most 1."""
-    residual = np.sum((actual - predicted) ** 2)
-    total = np.sum((actual - actual.mean(axis=0)) ** 2)
-    return float(1 - residual / total)
-
-
-def permutation_p(observed: float | np.ndarray, null_draws: np.ndarray) -> np.ndarray:
-    """Permutation p-values, elementwise: (1 + number of draws >= observed) / (1 + number of draws).
-
-    One-sided: small if the observed number is larger than under permutation. The observed order counts as one of the
-    permutations, so the p-value is never 0 (Phipson and Smyth 2010).
-
-    Args:
-        observed: the observed numbers.
-        null_draws: the same numbers under permutations, along a new first axis.
-
-    Returns:
-        The p-values.
-    """
-    null_draws = np.asarray(null_draws, float)
-    return np.asarray((1 + (null_draws >= observed).sum(axis=0)) / (1 + len(null_draws)))
 
 
 def quantile_groups(x: Float[np.ndarray, " n"] | Int[np.ndarray, " n"], groups: int) -> Int[np.ndarray, " n"]:

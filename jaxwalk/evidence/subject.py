@@ -151,14 +151,13 @@ class Subject:
     def untrained_models(self, n: int) -> list[Transformer]:
         """The untrained model and, as one initialisation is one draw, fresh ones of its architecture: n in all.
 
-        Without the config of a run, fresh ones are copies in which the entries of each matrix are permuted. The list is
+        Without a config, fresh ones are copies in which the entries of each matrix are permuted. The list is
         empty if there is no untrained model.
         """
         if self.untrained is None:
             return []
-        if self.workdir is not None and (self.workdir / "config.json").exists():
-            config = checkpoint.Run(self.workdir).config.model
-            fresh = (plain(init(config, jax.random.fold_in(jax.random.key(0xF4E5), i))) for i in range(1, n))
+        if self.config is not None:
+            fresh = (plain(init(self.config, jax.random.fold_in(jax.random.key(0xF4E5), i))) for i in range(1, n))
         else:
             fresh = (_permuted(self.untrained, np.random.default_rng(i)) for i in range(1, n))
         return [self.untrained, *fresh]
